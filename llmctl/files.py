@@ -1,0 +1,143 @@
+"""Writing files so that a crash, a full disk or a second process cannot leave half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llmctl.errors import UserError
+
+CHUNK = 1 << 20
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals around `path` into a `UserError` with a hint.
+
+    Libraries wrap "disk full" in errors of their own (safetensors raises `SafetensorError`, torch
+    `RuntimeError`), so the text is looked at as well.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename or path}: no permission to write", "choose another folder with --out"
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(path) from error
+        if error.errno == errno.EROFS:
+            raise UserError(
+                f"{path}: the file system is read-only", "choose another folder with --out"
+            ) from error
+        raise
+    except Exception as error:
+        if any(
+            words in str(error) for words in ("No space left", "os error 28", "PytorchStreamWriter failed")
+        ):
+            raise _full(path) from error
+        raise
+
+
+def _full(path: Path) -> UserError:
+    return UserError(
+        f"{path}: the disk is full",
+        "free some space and run the same command with --resume; what was saved is intact",
+    )
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames and new names in a folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a whole file under a temporary name, fsync, rename. Readers see the old file or the new."""
+    raw = data.encode() if isinstance(data, str) else data
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}-")
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of indented JSON."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+@contextlib.contextmanager
+def folder_atomic(path: Path) -> Iterator[Path]:
+    """Build a whole folder under a temporary name beside `path`, fsync every file, rename.
+
+    Yields the temporary folder. If the body raises, the folder vanishes and `path` is as it was; an
+    existing `path` is replaced only after the new one is complete. What a killed process leaves is
+    named `.tmp-…` and removed by the next writer of the same path.
+    """
+    parent = path.parent
+    with disk_errors(path):
+        parent.mkdir(parents=True, exist_ok=True)
+        for stale in parent.glob(f".tmp-{path.name}-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".tmp-{path.name}-"))
+        try:
+            yield temporary
+            os.chmod(temporary, 0o755)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    sync_file(file)
+            sync_folder(temporary)
+            if path.exists():
+                old = Path(tempfile.mkdtemp(dir=parent, prefix=f".tmp-{path.name}-old-"))
+                os.replace(path, old / path.name)
+                os.replace(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, path)
+            sync_folder(parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def combined_hash(hashes: dict[str, str]) -> str:
+    """One hash over a set of named hashes, independent of their order."""
+    lines = "".join(f"{name} {value}\n" for name, value in sorted(hashes.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Recipes: YAML and flags in, checked values out. Nothing here imports torch."""

@@ -1,0 +1,23 @@
+"""What every recipe section is: strict, and described by `words.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmctl.recipe.words import WORDS
+
+
+class Section(BaseModel):
+    """A group of fields. Unknown keys and wrong types are errors, never dropped or converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, protected_namespaces=())
+
+
+def about(path: str, default: Any = ..., **limits: Any) -> Any:
+    """A field whose description is the one written in `words.py` under `path`.
+
+    Raises KeyError if the field has no description, so none can be forgotten.
+    """
+    return Field(default, description=WORDS[path], **limits)

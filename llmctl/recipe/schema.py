@@ -1,0 +1,155 @@
+"""The recipes, one class a stage. Defaults are written here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from llmctl.recipe.base import Section, about
+from llmctl.recipe.model import ModelSection
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Overlong = Literal["error", "drop", "truncate", "split"]
+Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
+TokenizerKind = Literal["byte-bpe"]
+CACHE_DIR = "~/.cache/llmctl"
+
+
+class DataSection(Section):
+    """`data.*` of a stage that trains on text."""
+
+    train: list[str] = about("data.train", [])
+    eval: list[str] = about("data.eval", [])
+    eval_fraction: float = about("data.eval_fraction", 0.01, ge=0, lt=1)
+    text_field: str = about("data.text_field", "text")
+    max_length: int | None = about("data.max_length", None, gt=1)
+    overlong: Overlong = about("data.overlong", "split")
+    packing: bool = about("data.packing", True)
+    isolate_documents: bool = about("data.isolate_documents", True)
+    cache_dir: str = about("data.cache_dir", CACHE_DIR)
+
+
+class TrainSection(Section):
+    """`train.*`: the settings of the one training loop."""
+
+    max_steps: int | None = about("train.max_steps", None, ge=1)
+    num_train_epochs: float = about("train.num_train_epochs", 1.0, gt=0)
+    per_device_train_batch_size: int = about("train.per_device_train_batch_size", 16, ge=1)
+    per_device_eval_batch_size: int = about("train.per_device_eval_batch_size", 16, ge=1)
+    gradient_accumulation_steps: int = about("train.gradient_accumulation_steps", 1, ge=1)
+    learning_rate: float = about("train.learning_rate", 1e-3, gt=0)
+    lr_scheduler_type: Schedule = about("train.lr_scheduler_type", "cosine")
+    warmup_ratio: float = about("train.warmup_ratio", 0.02, ge=0, lt=1)
+    min_lr_ratio: float = about("train.min_lr_ratio", 0.1, ge=0, le=1)
+    weight_decay: float = about("train.weight_decay", 0.1, ge=0)
+    adam_beta1: float = about("train.adam_beta1", 0.9, ge=0, lt=1)
+    adam_beta2: float = about("train.adam_beta2", 0.95, ge=0, lt=1)
+    adam_epsilon: float = about("train.adam_epsilon", 1e-8, gt=0)
+    max_grad_norm: float = about("train.max_grad_norm", 1.0, gt=0)
+    seed: int = about("train.seed", 0, ge=0)
+    dtype: Dtype = about("train.dtype", "auto")
+    gradient_checkpointing: bool = about("train.gradient_checkpointing", False)
+    torch_compile: bool = about("train.torch_compile", False)
+    threads: int | None = about("train.threads", None, ge=1)
+    logging_steps: int = about("train.logging_steps", 10, ge=1)
+    eval_steps: int | None = about("train.eval_steps", None, ge=1)
+    eval_max_rows: int | None = about("train.eval_max_rows", None, ge=1)
+    save_steps: int | None = about("train.save_steps", None, ge=1)
+    save_total_limit: int = about("train.save_total_limit", 2, ge=1)
+
+
+class StageRecipe(Section):
+    """What every stage shares."""
+
+    out: str | None = about("out", None)
+    device: Device = about("device", "auto")
+
+
+class TokenizerRecipe(StageRecipe):
+    """`llmctl tokenizer train`."""
+
+    stage: Literal["tokenizer"] = about("stage", "tokenizer")
+    kind: TokenizerKind = about("kind", "byte-bpe")
+    vocab_size: int = about("vocab_size", 8192, ge=1)
+    min_frequency: int = about("min_frequency", 2, ge=1)
+    chat_template: Literal["chatml", "none"] = about("chat_template", "chatml")
+    data: TokenizerData = Field(default_factory=lambda: TokenizerData(), description="what to learn from")
+
+
+class TokenizerData(Section):
+    """`data.*` of a tokenizer recipe: documents only, nothing is cut into rows."""
+
+    train: list[str] = about("data.train", [])
+    text_field: str = about("data.text_field", "text")
+
+
+class PretrainRecipe(StageRecipe):
+    """`llmctl pretrain [MODEL]`."""
+
+    stage: Literal["pretrain"] = about("stage", "pretrain")
+    base: str | None = about("base", None)
+    tokenizer: str | None = about("tokenizer", None)
+    model: ModelSection | None = about("model", None)
+    data: DataSection = about("data", DataSection())
+    train: TrainSection = about("train", TrainSection())
+
+    @model_validator(mode="after")
+    def one_origin(self) -> PretrainRecipe:
+        if self.base is not None and self.model is not None:
+            raise ValueError("`model` describes a new model, but `base` continues an existing one; drop one")
+        return self
+
+
+class GenerateSection(Section):
+    """`generate.*`."""
+
+    max_new_tokens: int = about("generate.max_new_tokens", 128, ge=1)
+    temperature: float = about("generate.temperature", 0.8, ge=0)
+    top_k: int | None = about("generate.top_k", None, ge=1)
+    top_p: float = about("generate.top_p", 1.0, gt=0, le=1)
+    seed: int = about("generate.seed", 0, ge=0)
+    ignore_eos: bool = about("generate.ignore_eos", False)
+    chat: bool = about("generate.chat", False)
+    dtype: Dtype = about("generate.dtype", "auto")
+
+
+class GenerateRecipe(StageRecipe):
+    """`llmctl generate MODEL PROMPT`."""
+
+    stage: Literal["generate"] = about("stage", "generate")
+    base: str | None = about("base", None)
+    generate: GenerateSection = about("generate", GenerateSection())
+
+
+class EvalSection(Section):
+    """`eval.*`."""
+
+    data: list[str] = about("eval.data", [])
+    text_field: str = about("eval.text_field", "text")
+    max_length: int | None = about("eval.max_length", None, gt=1)
+    batch_size: int = about("eval.batch_size", 16, ge=1)
+    max_rows: int | None = about("eval.max_rows", None, ge=1)
+    dtype: Dtype = about("eval.dtype", "float32")
+
+
+class EvalRecipe(StageRecipe):
+    """`llmctl eval MODEL`."""
+
+    stage: Literal["eval"] = about("stage", "eval")
+    base: str | None = about("base", None)
+    eval: EvalSection = about("eval", EvalSection())
+
+
+# The stages a recipe file may name. A new stage is a class above and a line here.
+RECIPES: dict[str, type[StageRecipe]] = {
+    "tokenizer": TokenizerRecipe,
+    "pretrain": PretrainRecipe,
+    "generate": GenerateRecipe,
+    "eval": EvalRecipe,
+}
+
+AnyRecipe = Annotated[
+    TokenizerRecipe | PretrainRecipe | GenerateRecipe | EvalRecipe, Field(discriminator="stage")
+]

@@ -1,0 +1,92 @@
+"""YAML as recipes need it: `3e-4` is a number, a repeated key is an error, `yes` is a word."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmctl.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """A SafeLoader of our own, so that its rules do not change PyYAML's for others."""
+
+
+# PyYAML's resolvers follow YAML 1.1, where `on` is true, `3e-4` a string and `1:30` the number 90.
+# Ours follow the YAML 1.2 core schema.
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("tag:yaml.org,2002:bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("tag:yaml.org,2002:int", r"^[-+]?[0-9][0-9_]*$", "-+0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|\.[0-9]+(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        "-+0123456789.",
+    ),
+    ("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:merge", r"^(?:<<)$", "<"),
+):
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        line = key_node.start_mark.line + 1
+        if not isinstance(key, str):
+            raise UserError(f"line {line}: key {key!r} is not a word", "quote it if it is meant as text")
+        if key in seen:
+            raise UserError(f"line {line}: `{key}` was already set on line {seen[key]}", "keep one of them")
+        seen[key] = line
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    # decimal only: YAML 1.1 would read `010` as eight
+    return int(str(loader.construct_scalar(node)).replace("_", ""))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Parse one YAML document.
+
+    Args:
+        text: the document.
+        name: what to call it in errors, a path or `--flag`.
+
+    Raises:
+        UserError: not YAML (with the line), or a repeated key.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    except UserError as error:
+        raise UserError(f"{name}: {error.message}", error.hint) from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        problem = (error.problem or "cannot be parsed").rstrip(".")
+        raise UserError(f"{name}: line {line}: {problem}", "check indentation, colons and quotes") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Parse a YAML file. Raises UserError if it is missing, a folder, unreadable or not UTF-8."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", "see `llmctl recipe list`") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, not a recipe file") from None
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read it") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    return parse_yaml(text, str(path))

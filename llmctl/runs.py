@@ -1,0 +1,352 @@
+"""The run folder: what passes between stages, with a manifest that says where it came from.
+
+    runs/NAME/  run.json  recipe.yaml  metrics.jsonl  run.lock  checkpoints/  + the stage's own output
+
+`status` is running, done, failed or interrupted. A crash leaves `running`, and `--resume` works
+from it. The lock holds pid, host and the start time of the process, so a stale one is told from a
+live one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from llmctl import __version__
+from llmctl.errors import Interrupted, UserError
+from llmctl.files import combined_hash, disk_errors, file_hash, write_atomic, write_json
+
+MANIFEST = "run.json"
+RECIPE = "recipe.yaml"
+METRICS = "metrics.jsonl"
+LOCK = "run.lock"
+RUNS = Path("runs")
+
+# Files whose bytes are the run's result; together they give the run its hash.
+OUTPUT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+NOT_OUTPUT = (MANIFEST, METRICS)
+
+# Fields that may differ between the run and its resumption: they do not change the result.
+FREE_ON_RESUME = (
+    "out",
+    "device",
+    "train.threads",
+    "train.logging_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+)
+
+
+@dataclass
+class RunResult:
+    """What a stage hands back to the command line."""
+
+    path: Path | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Parent:
+    """Something a run was made from. `hash` finds it again when `path` has moved."""
+
+    role: str
+    path: str
+    hash: str
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the libraries a result depends on, without importing them."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"llmctl": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "tokenizers", "safetensors", "peft", "trl", "datasets", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def default_out(stage: str) -> Path:
+    """The next free `runs/STAGE-NNN`."""
+    number = 1
+    while (RUNS / f"{stage}-{number:03d}").exists():
+        number += 1
+    return RUNS / f"{stage}-{number:03d}"
+
+
+def check_out(path: Path, resume: bool = False) -> None:
+    """Refuse, before any work, an output folder that cannot or should not be written."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file, but --out names a folder", "choose another name")
+    with disk_errors(path):
+        occupied = path.is_dir() and any(path.iterdir())
+    if occupied and not resume:
+        raise UserError(
+            f"{path}: the folder is not empty", "choose another --out, or add --resume to go on with it"
+        )
+    above = path
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise UserError(f"{above}: is a file, so {path} cannot be made", "choose another --out")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{above}: no permission to write", "choose another folder with --out")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a run folder. Raises UserError if there is none or it is not JSON."""
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not a run folder (no {MANIFEST})", "see `llmctl runs list`") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(
+            f"{file}: not valid JSON", "the manifest was damaged; the weights may still load"
+        ) from None
+    if not isinstance(manifest, dict):
+        raise UserError(f"{file}: not a manifest", "the manifest was damaged; the weights may still load")
+    return manifest
+
+
+def output_hashes(path: Path) -> dict[str, str]:
+    """SHA-256 of every result file directly in a model, tokenizer or run folder."""
+    return {
+        file.name: file_hash(file)
+        for file in sorted(path.iterdir())
+        if file.is_file()
+        and file.suffix in OUTPUT_SUFFIXES
+        and file.name not in NOT_OUTPUT
+        and not file.name.startswith(".")
+    }
+
+
+def folder_hash(path: Path) -> str:
+    """The identity of a folder by content: two copies in different places have the same."""
+    return combined_hash(output_hashes(path))
+
+
+def find_runs(root: Path = RUNS) -> Iterator[Path]:
+    """Every run folder under `root`, at any depth, in order of name. Checkpoints are not runs."""
+    if not root.is_dir():
+        return
+    for folder, names, files in os.walk(root):
+        names[:] = sorted(n for n in names if n != "checkpoints" and not n.startswith("."))
+        if MANIFEST in files:
+            yield Path(folder)
+
+
+def find_parent(parent: dict[str, Any], root: Path = RUNS) -> Path | None:
+    """Where a parent lies now: at its recorded path if the content still matches, else found by hash."""
+    path = Path(parent["path"])
+    if path.is_dir() and _hash_of(path) == parent["hash"]:
+        return path
+    return next((run for run in find_runs(root) if _hash_of(run) == parent["hash"]), None)
+
+
+def _hash_of(path: Path) -> str | None:
+    if (path / MANIFEST).is_file():
+        try:
+            recorded = read_manifest(path).get("hash")
+        except UserError:
+            recorded = None
+        if recorded:
+            return str(recorded)
+    return folder_hash(path)
+
+
+class Lock:
+    """At most one live process per run folder, across hosts as far as the file system allows."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path / LOCK
+        self.held = False
+
+    def acquire(self) -> None:
+        """Take the lock; a lock whose process is gone is taken over. Raises UserError if it lives."""
+        mine = json.dumps(
+            {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
+        )
+        with disk_errors(self.file):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            for _ in range(2):
+                try:
+                    handle = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                except FileExistsError:
+                    self._refuse_if_alive()
+                    self.file.unlink(missing_ok=True)
+                    continue
+                with os.fdopen(handle, "w") as file:
+                    file.write(mine)
+                self.held = True
+                return
+        raise UserError(f"{self.file}: another process took the lock first", "try again in a moment")
+
+    def release(self) -> None:
+        """Give the lock back; does nothing if it was never taken."""
+        if self.held:
+            self.file.unlink(missing_ok=True)
+            self.held = False
+
+    def _refuse_if_alive(self) -> None:
+        try:
+            owner = json.loads(self.file.read_text())
+            pid, host, started = int(owner["pid"]), str(owner["host"]), owner["started"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # killed between creating and writing the lock
+        if host != socket.gethostname():
+            raise UserError(
+                f"{self.file.parent}: the run is locked by process {pid} on {host}",
+                f"if that process is gone, delete {self.file}",
+            )
+        if _started(pid) == started and started is not None:
+            raise UserError(
+                f"{self.file.parent}: the run is in use by process {pid}",
+                "wait for it, or stop it, then run the same command again",
+            )
+
+
+def _started(pid: int) -> float | None:
+    """When a process began (seconds since the epoch), so that a reused pid is not mistaken for it."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.Error:
+        return None
+
+
+class Run:
+    """An open run folder: holds the lock, keeps the manifest, and closes with the right status.
+
+    Use as a context manager. Leaving normally without `finish()` or by an error marks the run
+    failed; Ctrl-C marks it interrupted.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], lock: Lock) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._lock = lock
+
+    @classmethod
+    def start(cls, stage: str, path: Path, recipe_text: str, *, resume: bool = False, **fields: Any) -> Run:
+        """Make the folder (or reopen it with `resume`) and write manifest and resolved recipe.
+
+        Args:
+            recipe_text: the resolved recipe as YAML, from `dump_recipe`.
+            fields: further manifest entries, such as parents, device, seed.
+
+        Raises:
+            UserError: the folder is not empty, not writable, of another stage, or in use; or the
+                recipe differs from the one the run was started with.
+        """
+        check_out(path, resume)
+        lock = Lock(path)
+        lock.acquire()
+        try:
+            manifest: dict[str, Any] = {"format": 1, "stage": stage, "created": _now()}
+            if resume and (path / MANIFEST).is_file():
+                manifest = read_manifest(path)
+                _same_recipe(stage, path, manifest, recipe_text)
+                manifest["resumed"] = [*manifest.get("resumed", []), _now()]
+            manifest |= {
+                "status": "running",
+                "versions": versions(),
+                "command": " ".join(sys.argv[1:]),
+                **fields,
+            }
+            write_atomic(path / RECIPE, recipe_text)
+            run = cls(path, manifest, lock)
+            run._write()
+            return run
+        except BaseException:
+            lock.release()
+            raise
+
+    def record(self, **fields: Any) -> None:
+        """Add entries to the manifest."""
+        self.manifest |= fields
+        self._write()
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Mark the run done: hash its outputs, store the final metrics."""
+        outputs = output_hashes(self.path)
+        self.record(
+            status="done",
+            finished=_now(),
+            outputs=outputs,
+            hash=combined_hash(outputs),
+            metrics=metrics,
+            error=None,
+        )
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self._lock.release()
+
+    def _write(self) -> None:
+        self.manifest["updated"] = _now()
+        write_json(self.path / MANIFEST, self.manifest)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is not None and issubclass(kind, (KeyboardInterrupt, Interrupted)):
+                self._close_with("interrupted", None)
+            elif error is not None or self.manifest["status"] == "running":
+                self._close_with("failed", str(error) if error else "the stage ended without a result")
+        finally:
+            self.close()
+
+    def _close_with(self, status: str, error: str | None) -> None:
+        try:
+            self.record(status=status, error=error)
+        except UserError:
+            # a full disk must not hide the error that is on its way up; `running` is resumable too
+            return
+
+
+def _same_recipe(stage: str, path: Path, manifest: dict[str, Any], recipe_text: str) -> None:
+    import yaml
+
+    if manifest.get("stage") != stage:
+        raise UserError(
+            f"{path}: holds a `{manifest.get('stage')}` run, not `{stage}`", "choose another --out"
+        )
+    file = path / RECIPE
+    if not file.is_file():
+        return
+    old, new = (_flat(yaml.safe_load(text) or {}) for text in (file.read_text(encoding="utf-8"), recipe_text))
+    for key in sorted(old.keys() | new.keys()):
+        if key not in FREE_ON_RESUME and old.get(key) != new.get(key):
+            raise UserError(
+                f"{path}: {key} was {old.get(key)!r} when the run began, and is {new.get(key)!r} now",
+                "resume with the same recipe, or start a new run with another --out",
+            )
+
+
+def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{above}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,42 @@
+"""How the working parts speak while they work, without knowing about terminals.
+
+`cli/` hands in a `Talk` that draws on stderr; everything else, tests included, may use `SILENT`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+
+class Bar(Protocol):
+    """A running count of work done."""
+
+    def advance(self, amount: float = 1, **facts: str) -> None:
+        """Count `amount` more units done; `facts` are shown beside the bar, such as loss="3.21"."""
+
+
+class Talk(Protocol):
+    """Where a stage says what it does."""
+
+    def say(self, text: str) -> None:
+        """One line the user should see once."""
+
+    def bar(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Bar]:
+        """Progress over `total` units (None: unknown), named in the plural: "steps", "MB", "documents"."""
+
+
+class _SilentBar:
+    def advance(self, amount: float = 1, **facts: str) -> None:
+        return
+
+
+class _Silent:
+    def say(self, text: str) -> None:
+        return
+
+    def bar(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Bar]:
+        return nullcontext(_SilentBar())
+
+
+SILENT: Talk = _Silent()
