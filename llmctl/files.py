@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ CHUNK = 1 << 20
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, elsewhere: str = "choose another folder with --out") -> Iterator[None]:
     """Turn the operating system's refusals around `path` into a `UserError` with a hint.
+
+    `elsewhere` is the hint that says how to write to another place.
 
     Libraries wrap "disk full" in errors of their own (safetensors raises `SafetensorError`, torch
     `RuntimeError`), so the text is looked at as well.
@@ -28,16 +30,12 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        raise UserError(
-            f"{error.filename or path}: no permission to write", "choose another folder with --out"
-        ) from error
+        raise UserError(f"{error.filename or path}: no permission to write", elsewhere) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full(path) from error
         if error.errno == errno.EROFS:
-            raise UserError(
-                f"{path}: the file system is read-only", "choose another folder with --out"
-            ) from error
+            raise UserError(f"{path}: the file system is read-only", elsewhere) from error
         raise
     except Exception as error:
         if any(
@@ -95,15 +93,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def folder_atomic(path: Path) -> Iterator[Path]:
+def folder_atomic(path: Path, elsewhere: str = "choose another folder with --out") -> Iterator[Path]:
     """Build a whole folder under a temporary name beside `path`, fsync every file, rename.
 
     Yields the temporary folder. If the body raises, the folder vanishes and `path` is as it was; an
     existing `path` is replaced only after the new one is complete. What a killed process leaves is
-    named `.tmp-…` and removed by the next writer of the same path.
+    named `.tmp-…` and removed by the next writer of the same path. So there may be one writer of a
+    path at a time; the caller sees to that. `elsewhere` is as in `disk_errors`.
     """
     parent = path.parent
-    with disk_errors(path):
+    with disk_errors(path, elsewhere):
         parent.mkdir(parents=True, exist_ok=True)
         for stale in parent.glob(f".tmp-{path.name}-*"):
             shutil.rmtree(stale, ignore_errors=True)
@@ -128,12 +127,14 @@ def folder_atomic(path: Path) -> Iterator[Path]:
             raise
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
+def file_hash(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file's bytes, hexadecimal. `on_bytes` is told how many each block held."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(CHUNK):
             digest.update(block)
+            if on_bytes is not None:
+                on_bytes(len(block))
     return digest.hexdigest()
 
 

@@ -198,22 +198,40 @@ class Lock:
             self.file.unlink(missing_ok=True)
             self.held = False
 
-    def _refuse_if_alive(self) -> None:
+    def holder(self) -> tuple[int, str] | None:
+        """Process and host that hold the lock; None if it is free or its process is gone.
+
+        A process on another host cannot be looked up, so it counts as alive.
+        """
         try:
             owner = json.loads(self.file.read_text())
             pid, host, started = int(owner["pid"]), str(owner["host"]), owner["started"]
         except (OSError, ValueError, KeyError, TypeError):
-            return  # killed between creating and writing the lock
+            return None  # no lock, or its process was killed between creating and writing it
+        if host != socket.gethostname():
+            return pid, host
+        return (pid, host) if started is not None and _started(pid) == started else None
+
+    def _refuse_if_alive(self) -> None:
+        holder = self.holder()
+        if holder is None:
+            return
+        pid, host = holder
         if host != socket.gethostname():
             raise UserError(
                 f"{self.file.parent}: the run is locked by process {pid} on {host}",
                 f"if that process is gone, delete {self.file}",
             )
-        if _started(pid) == started and started is not None:
-            raise UserError(
-                f"{self.file.parent}: the run is in use by process {pid}",
-                "wait for it, or stop it, then run the same command again",
-            )
+        raise UserError(
+            f"{self.file.parent}: the run is in use by process {pid}",
+            "wait for it, or stop it, then run the same command again",
+        )
+
+
+def status_of(path: Path, manifest: dict[str, Any]) -> str:
+    """The status of a run now: `running` in the manifest of a process that is gone is `crashed`."""
+    status = str(manifest.get("status", "unknown"))
+    return "crashed" if status == "running" and Lock(path).holder() is None else status
 
 
 def _started(pid: int) -> float | None:

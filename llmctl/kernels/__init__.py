@@ -1,0 +1,1 @@
+"""Tensors in, tensors out. Every fast path has a plain reference beside it, and a test between them."""

@@ -1,0 +1,13 @@
+"""The model core. Importing it registers `model_type: llmctl` with transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from llmctl.model.config import MODEL_TYPE, LlmctlConfig
+from llmctl.model.hf import LlmctlForCausalLM, LlmctlModel
+from llmctl.model.leaves import Leaf, leaves
+
+AutoConfig.register(MODEL_TYPE, LlmctlConfig, exist_ok=True)
+AutoModel.register(LlmctlConfig, LlmctlModel, exist_ok=True)
+AutoModelForCausalLM.register(LlmctlConfig, LlmctlForCausalLM, exist_ok=True)
+
+__all__ = ["Leaf", "LlmctlConfig", "LlmctlForCausalLM", "LlmctlModel", "leaves"]

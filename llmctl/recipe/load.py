@@ -128,6 +128,7 @@ def _explain(kind: type[BaseModel], found: ErrorDetails, source: str, given: set
     if key in given:
         source = "command line"
     name, kind_of = path[-1] if path else "", found["type"]
+    hint: str | None
     if kind_of == "extra_forbidden":
         known = list(section.model_fields) if section else []
         message, close = "unknown key", nearest(name, known)
@@ -178,7 +179,7 @@ def _walk(kind: type[BaseModel], path: list[str]) -> tuple[type[BaseModel] | Non
             continue
         clean.append(part)
         if part != path[-1] or len(clean) < len(path):
-            inner = _section_of(fields[part].annotation) if part in fields else None
+            inner = section_of(fields[part].annotation) if part in fields else None
             section = inner if inner is not None or part != path[-1] else section
     return section, clean
 
@@ -194,14 +195,15 @@ def _tag(option: type[BaseModel]) -> str:
 def _options(kind: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
     annotation: Any = kind
     for part in path:
-        section = _section_of(annotation)
+        section = section_of(annotation)
         if section is None or part not in section.model_fields:
             return []
         annotation = section.model_fields[part].annotation
     return [a for a in _unwrapped(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside a type such as `ModelSection | None`; None for values and choices."""
     found = [a for a in _unwrapped(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
     return found[0] if len(found) == 1 else None
 

@@ -24,27 +24,29 @@ AttentionBias = Literal["none", "qkv", "all"]
 class RopeDefault(Section):
     """Rotary positions as published (Su et al. 2021, arXiv:2104.09864)."""
 
-    rope_type: Literal["default"] = "default"
-    rope_theta: float = Field(10000.0, gt=0)
+    rope_type: Literal["default"] = about("model.rope_parameters.rope_type", "default")
+    rope_theta: float = about("model.rope_parameters.rope_theta", 10000.0, gt=0)
 
 
 class RopeLinear(Section):
     """Positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
 
-    rope_type: Literal["linear"]
-    rope_theta: float = Field(10000.0, gt=0)
-    factor: float = Field(gt=0)
+    rope_type: Literal["linear"] = about("model.rope_parameters.rope_type")
+    rope_theta: float = about("model.rope_parameters.rope_theta", 10000.0, gt=0)
+    factor: float = about("model.rope_parameters.factor", gt=0)
 
 
 class RopeLlama3(Section):
     """Llama 3.1's scaling: low frequencies divided by `factor`, high ones kept, smooth between."""
 
-    rope_type: Literal["llama3"]
-    rope_theta: float = Field(500000.0, gt=0)
-    factor: float = Field(gt=0)
-    low_freq_factor: float = Field(gt=0)
-    high_freq_factor: float = Field(gt=0)
-    original_max_position_embeddings: int = Field(gt=0)
+    rope_type: Literal["llama3"] = about("model.rope_parameters.rope_type")
+    rope_theta: float = about("model.rope_parameters.rope_theta", 500000.0, gt=0)
+    factor: float = about("model.rope_parameters.factor", gt=0)
+    low_freq_factor: float = about("model.rope_parameters.low_freq_factor", gt=0)
+    high_freq_factor: float = about("model.rope_parameters.high_freq_factor", gt=0)
+    original_max_position_embeddings: int = about(
+        "model.rope_parameters.original_max_position_embeddings", gt=0
+    )
 
 
 def _plain_rope(value: Any) -> Any:

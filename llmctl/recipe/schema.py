@@ -66,6 +66,18 @@ class StageRecipe(Section):
     out: str | None = about("out", None)
     device: Device = about("device", "auto")
 
+    @property
+    def stage_name(self) -> str:
+        """The word after `stage:` in a recipe of this class."""
+        return str(type(self).model_fields["stage"].default)
+
+
+class TokenizerData(Section):
+    """`data.*` of a tokenizer recipe: documents only, nothing is cut into rows."""
+
+    train: list[str] = about("data.train", [])
+    text_field: str = about("data.text_field", "text")
+
 
 class TokenizerRecipe(StageRecipe):
     """`llmctl tokenizer train`."""
@@ -75,14 +87,7 @@ class TokenizerRecipe(StageRecipe):
     vocab_size: int = about("vocab_size", 8192, ge=1)
     min_frequency: int = about("min_frequency", 2, ge=1)
     chat_template: Literal["chatml", "none"] = about("chat_template", "chatml")
-    data: TokenizerData = Field(default_factory=lambda: TokenizerData(), description="what to learn from")
-
-
-class TokenizerData(Section):
-    """`data.*` of a tokenizer recipe: documents only, nothing is cut into rows."""
-
-    train: list[str] = about("data.train", [])
-    text_field: str = about("data.text_field", "text")
+    data: TokenizerData = Field(TokenizerData(), description="what to learn from")
 
 
 class PretrainRecipe(StageRecipe):

@@ -1,0 +1,59 @@
+# `make quickstart` runs the main job, `make test` the tests; both set up .venv first if it is missing.
+# Set PYTHON to choose the interpreter: make test PYTHON=python3.12
+# ARGS goes to the program behind a target:  make test ARGS="tests/recipe -x"
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-slow lint format docs docs-check bench
+
+help:
+	@echo "make quickstart   the whole lifecycle on built-in data"
+	@echo "make test         the default test suite"
+	@echo "make test-slow    the long tests"
+	@echo "make lint         style, formatting and types"
+	@echo "make format       mend style and formatting"
+	@echo "make docs         write docs/reference.md again from the recipes and the commands"
+	@echo "make docs-check   fail if docs/reference.md is out of date"
+	@echo "make bench        every script in benchmarks/"
+
+# The stamp is newer than both files exactly when the environment was installed from them.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11" >&2; \
+		  echo "hint: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: $(READY)
+	$(BIN)/llmctl quickstart $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(READY)
+	$(BIN)/python docs/generate.py
+
+docs-check: $(READY)
+	$(BIN)/python docs/generate.py --check
+
+bench: $(READY)
+	@for script in benchmarks/*.py; do \
+		echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; \
+	done

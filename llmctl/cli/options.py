@@ -1,0 +1,97 @@
+"""Flags and positional words, and how they reach a recipe.
+
+A flag is a shorthand for one recipe field and nothing else: `FLAGS` says which, its help is the
+field's own description, and it has no default, so an unset flag leaves the recipe's value alone.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmctl.errors import UsageError
+from llmctl.recipe.words import WORDS
+
+# stage -> parameter of the command -> recipe field
+FLAGS: dict[str, dict[str, str]] = {
+    "quickstart": {"out": "out", "seed": "train.seed", "device": "device"},
+    "tokenizer": {"kind": "kind", "vocab_size": "vocab_size", "out": "out"},
+    "pretrain": {
+        "tokenizer": "tokenizer",
+        "data": "data.train",
+        "eval_data": "data.eval",
+        "out": "out",
+        "device": "device",
+        "dtype": "train.dtype",
+        "seed": "train.seed",
+        "max_steps": "train.max_steps",
+    },
+    "generate": {
+        "max_new_tokens": "generate.max_new_tokens",
+        "temperature": "generate.temperature",
+        "top_k": "generate.top_k",
+        "top_p": "generate.top_p",
+        "seed": "generate.seed",
+        "ignore_eos": "generate.ignore_eos",
+        "chat": "generate.chat",
+        "device": "device",
+    },
+    "eval": {"data": "eval.data", "device": "device"},
+}
+
+
+def flag(stage: str, name: str, metavar: str | None = None, *, many: bool = False) -> Any:
+    """The Typer option of one entry of `FLAGS`; `many`: it may be given several times."""
+    words = WORDS[FLAGS[stage][name]] + (" (may be repeated)" if many else "")
+    return typer.Option(f"--{name.replace('_', '-')}", help=words, metavar=metavar, show_default=False)
+
+
+def given(ctx: typer.Context, stage: str) -> dict[str, Any]:
+    """Recipe field -> what its flag was set to, None where it was not given."""
+    values = {field: ctx.params[name] for name, field in FLAGS[stage].items()}
+    return {
+        field: list(value) or None if isinstance(value, (list, tuple)) else value
+        for field, value in values.items()
+    }
+
+
+# Positional words are told apart by `split_words`, so Typer shows only their names.
+Words = Annotated[list[str] | None, typer.Argument(metavar="MODEL | KEY=VALUE", hidden=True)]
+DataWords = Annotated[list[str] | None, typer.Argument(metavar="DATA | KEY=VALUE", hidden=True)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", hidden=True)]
+
+RecipeFile = Annotated[
+    str | None, typer.Option("--recipe", metavar="FILE", help="recipe file, or the name of a shipped one")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document")]
+
+
+def split_words(words: list[str] | None) -> tuple[list[str], list[str]]:
+    """Positional words in two: the plain ones, and the `key=value` ones that set recipe fields."""
+    from llmctl.recipe.load import is_override
+
+    plain = [word for word in words or [] if not is_override(word)]
+    return plain, [word for word in words or [] if is_override(word)]
+
+
+def one_model(plain: list[str]) -> str | None:
+    """The MODEL of a command that takes at most one. Raises UsageError for more."""
+    if len(plain) > 1:
+        raise UsageError(
+            f"unexpected argument: {plain[1]}",
+            "one MODEL at most; repeat --data for each file, or quote a pattern: --data '*.txt'",
+        )
+    return plain[0] if plain else None
+
+
+def saved_recipe(out: str | None, overrides: list[str]) -> str | None:
+    """The recipe a run to be resumed was started with, if its folder holds one."""
+    from llmctl.runs import RECIPE
+
+    out = next((word.partition("=")[2] for word in overrides if re.match(r"out=.", word)), out)
+    if out is None or not (Path(out) / RECIPE).is_file():
+        return None
+    return str(Path(out) / RECIPE)

@@ -1,0 +1,90 @@
+"""`llmctl recipe list | show | check | schema`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmctl.cli.boundary import report
+from llmctl.cli.options import AsJson
+from llmctl.cli.output import print_json, print_table
+from llmctl.errors import EXIT_USER_ERROR, UserError, nearest
+
+
+def list_recipes(as_json: AsJson = False) -> None:
+    """List the recipes that come with llmctl."""
+    from llmctl.recipe.load import check_file
+    from llmctl.recipe.shipped import shipped_recipes
+
+    rows = [
+        {"name": name, "stage": check_file(path).stage_name, "about": _first_comment(path), "path": str(path)}
+        for name, path in shipped_recipes().items()
+    ]
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(("name", "stage", "about"), [(r["name"], r["stage"], r["about"]) for r in rows])
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ").strip() if first.startswith("#") else ""
+
+
+def show(name: Annotated[str, typer.Argument(metavar="NAME", hidden=True)], as_json: AsJson = False) -> None:
+    """Show a recipe with every default and what each field means.
+
+    NAME is a shipped recipe, a recipe file, or a stage: `recipe show pretrain` lists all fields of
+    the stage with their defaults.
+    """
+    from llmctl.recipe.annotate import annotated, stage_defaults
+    from llmctl.recipe.load import check_file
+    from llmctl.recipe.schema import RECIPES
+    from llmctl.recipe.shipped import find_recipe, shipped_recipes
+
+    path = Path(name)
+    if name in RECIPES and not path.is_file():
+        recipe = stage_defaults(name)
+    elif path.exists() or name in shipped_recipes() or not nearest(name, list(RECIPES)):
+        recipe = check_file(find_recipe(name))
+    else:
+        raise UserError(f"{name}: no such recipe or stage", f"did you mean `{nearest(name, list(RECIPES))}`?")
+    if as_json:
+        print_json(recipe.model_dump(mode="json"))
+    else:
+        print(annotated(recipe), end="")
+
+
+def check(files: Annotated[list[str], typer.Argument(metavar="FILE", hidden=True)]) -> None:
+    """Check recipe files without running them.
+
+    All are checked; exit code 1 if one is wrong."""
+    from llmctl.recipe.load import check_file
+    from llmctl.recipe.shipped import find_recipe
+
+    wrong = 0
+    for file in files:
+        try:
+            path = find_recipe(file)
+            print(f"{path}: ok ({check_file(path).stage_name})")
+        except UserError as error:
+            wrong += 1
+            report(error)
+    if wrong:
+        raise typer.Exit(EXIT_USER_ERROR)
+
+
+def schema() -> None:
+    """Print the JSON Schema of recipe files.
+
+    An editor that knows it completes and checks what you write."""
+    from pydantic import TypeAdapter
+
+    from llmctl.recipe.schema import AnyRecipe
+
+    described = TypeAdapter(AnyRecipe).json_schema()
+    print_json(
+        {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "llmctl recipe"} | described
+    )

@@ -1,0 +1,74 @@
+"""What the readers hand over: documents, and an account of every one that was read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and where it came from.
+
+    A very long text arrives in parts, in order: `starts` is False on all but the first part, `ends`
+    on all but the last. The parts joined are the text, character for character.
+
+    Args:
+        source: the file or `builtin:NAME`, as `resolve` lists it.
+        line: line of a jsonl file, row of a parquet file, ordinal in a builtin, all from 1; None for
+            a whole file.
+    """
+
+    text: str
+    source: str
+    line: int | None
+    starts: bool = True
+    ends: bool = True
+
+
+@dataclass
+class Account:
+    """Every document read is either kept or dropped for a reason: read == kept + sum of counts.
+
+    Args:
+        dropped: reason -> the first few places, as "path:line".
+        counts: reason -> how many.
+        input_bytes: bytes taken from the files so far (compressed ones as they lie on the disk).
+    """
+
+    read: int = 0
+    kept: int = 0
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    input_bytes: int = 0
+
+    def keep(self) -> None:
+        """Count one document read and kept."""
+        self.read += 1
+        self.kept += 1
+
+    def drop(self, reason: str, place: str) -> None:
+        """Count one document read and dropped."""
+        self.read += 1
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        examples = self.dropped.setdefault(reason, [])
+        if len(examples) < EXAMPLES:
+            examples.append(place)
+
+    def lines(self) -> list[str]:
+        """What happened, a sentence a line; the first line is always the totals."""
+        said = [f"read {_count(self.read, 'document')}, kept {self.kept:,}"]
+        for reason, count in sorted(self.counts.items()):
+            more = ", …" if count > len(self.dropped[reason]) else ""
+            said.append(f"dropped {count:,}: {reason} ({', '.join(self.dropped[reason])}{more})")
+        return said
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a manifest; `Account(**values)` makes it again."""
+        return asdict(self)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

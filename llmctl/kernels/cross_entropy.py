@@ -1,0 +1,80 @@
+"""Output head and cross-entropy in one step, a slice of tokens at a time.
+
+The logits of a step are its largest tensor: tokens × vocabulary. Here only a slice of them exists at
+once, and the gradient is taken while the slice is still in the cache, so the backward pass computes
+no logits again (the idea of Liger-Kernel, Hsu et al. 2024, arXiv:2410.10989).
+
+Shape legend: N tokens, E hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+SLICE = 1024  # tokens per slice: large enough for full GEMM speed, small enough to stay in cache
+
+
+def linear_cross_entropy(h_NE: Tensor, w_VE: Tensor, labels_N: Tensor) -> Tensor:
+    """Sum of negative log-likelihoods, in nats, over the tokens whose label is not -100.
+
+    Args:
+        h_NE: final hidden states.
+        w_VE: output head, without bias.
+        labels_N: the token each state should predict, or -100. Ignored tokens cost nothing: they
+            are left out before the head.
+
+    Under autocast the products run in the autocast dtype; softmax and sums are always float32.
+    Equal to `linear_cross_entropy_reference` up to that rounding.
+    """
+    kept = (labels_N != IGNORE).nonzero().squeeze(1)
+    h_NE, labels_N = h_NE.index_select(0, kept), labels_N.index_select(0, kept)
+    device = h_NE.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_NE.dtype
+    return _LinearCrossEntropy.apply(h_NE, w_VE, labels_N, dtype)
+
+
+def linear_cross_entropy_reference(h_NE: Tensor, w_VE: Tensor, labels_N: Tensor) -> Tensor:
+    """The definition: all logits, then torch's cross-entropy in float32."""
+    logits_NV = F.linear(h_NE, w_VE).float()
+    return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h_NE: Tensor, w_VE: Tensor, labels_N: Tensor, dtype: torch.dtype) -> Tensor:
+        wants_h, wants_w = ctx.needs_input_grad[:2]
+        total = torch.zeros((), dtype=torch.float32, device=h_NE.device)
+        dh_NE = torch.empty(h_NE.shape, dtype=h_NE.dtype, device=h_NE.device) if wants_h else None
+        dw_VE = torch.zeros(w_VE.shape, dtype=torch.float32, device=w_VE.device) if wants_w else None
+        with torch.autocast(h_NE.device.type, enabled=False):
+            w = w_VE.to(dtype)
+            for start in range(0, h_NE.shape[0], SLICE):
+                part = slice(start, start + SLICE)
+                h, labels = h_NE[part].to(dtype), labels_N[part, None]
+                logits = (h @ w.T).float()
+                log_norm = logits.logsumexp(-1, keepdim=True)
+                total += (log_norm - logits.gather(1, labels)).sum()
+                if dh_NE is None and dw_VE is None:
+                    continue
+                # d nll / d logits = softmax - onehot(label)
+                grad = logits.sub_(log_norm).exp_()
+                grad.scatter_add_(1, labels, torch.full_like(grad[:, :1], -1.0))
+                grad = grad.to(dtype)
+                if dh_NE is not None:
+                    dh_NE[part] = grad @ w
+                if dw_VE is not None:
+                    dw_VE += grad.T @ h
+        ctx.save_for_backward(dh_NE, None if dw_VE is None else dw_VE.to(w_VE.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        dh_NE, dw_VE = ctx.saved_tensors
+        scaled = (None if grad is None else grad * upstream.to(grad.dtype) for grad in (dh_NE, dw_VE))
+        dh, dw = scaled
+        return dh, dw, None, None

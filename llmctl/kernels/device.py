@@ -1,0 +1,99 @@
+"""Where to compute and in which precision."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from llmctl.errors import UserError
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device, and the dtype of matrix products there (weights may be wider)."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Run matrix products in `dtype`; does nothing for float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
+        return f"{name}, {str(self.dtype).removeprefix('torch.')}"
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is cuda, else mps, else cpu. Raises UserError for a device this machine lacks."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available[name]:
+        raise UserError(
+            f"--device {name}: not available here", "use --device auto; `llmctl doctor` says what there is"
+        )
+    return torch.device(name)
+
+
+def pick_compute(device: str, dtype: str) -> Compute:
+    """Device and precision by name; `auto` precision is bfloat16 where the hardware multiplies it, else float32.
+
+    Raises UserError for float16 on the CPU, where it is several times slower than float32.
+    """
+    where = pick_device(device)
+    if dtype == "auto":
+        return Compute(where, torch.bfloat16 if has_fast_bfloat16(where) else torch.float32)
+    if dtype == "float16" and where.type == "cpu":
+        raise UserError(
+            "train.dtype: float16 is far slower than float32 on a CPU", "use bfloat16, float32 or auto"
+        )
+    return Compute(where, DTYPES[dtype])
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices, rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+    return False
+
+
+def cpu_flags() -> set[str]:
+    """Instruction sets of this CPU as Linux names them; empty where that is unknown."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith(("flags", "Features")):
+                    return set(line.split(":", 1)[1].split())
+    except OSError:
+        return set()
+    return set()
+
+
+def physical_cores() -> int:
+    """Cores this process may use, counting two hyperthreads once."""
+    import psutil
+
+    allowed = (
+        len(psutil.Process().cpu_affinity())
+        if hasattr(psutil.Process, "cpu_affinity")
+        else psutil.cpu_count()
+    )
+    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed or 1))

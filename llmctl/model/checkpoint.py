@@ -1,0 +1,183 @@
+"""From a folder to a model in memory, and from an architecture to a new one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import logging
+
+from llmctl.errors import UserError
+from llmctl.locate import locate
+from llmctl.model.config import LlmctlConfig
+from llmctl.model.families import FAMILIES, read_config
+from llmctl.model.hf import LlmctlForCausalLM
+from llmctl.model.init import initialize
+from llmctl.model.keymap import Rule, load_one, to_core
+from llmctl.recipe.model import ModelSection
+
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# buffers that old checkpoints carry and no model needs
+DROPPED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+
+
+def new_model(spec: ModelSection, seed: int, **ids: Any) -> LlmctlForCausalLM:
+    """A model with fresh float32 weights on the CPU, the same for the same seed everywhere.
+
+    `ids` are bos_token_id, eos_token_id (an int or a list) and pad_token_id.
+    """
+    model = _empty(LlmctlConfig.of(spec.resolved(), **ids))
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    initialize(model, spec, seed)
+    model.generation_config = GenerationConfig(**ids)
+    return model
+
+
+def load_model(
+    where: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> LlmctlForCausalLM:
+    """The model in a run folder, a Hugging Face folder or on the hub.
+
+    Args:
+        dtype: of the weights; the checkpoint's own when None.
+
+    Raises:
+        UserError: no such folder or file, an unsupported architecture, a file that is not
+            safetensors or was cut short, tensors that are missing, unexpected or of another shape.
+    """
+    folder = locate(str(where), FILES)
+    config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    name = config.spec.family
+    model = _empty(config)
+    with ExitStack() as stack:
+        tensors = _open_weights(folder, stack)
+        _fill(model, tensors, FAMILIES[name].rules if name in FAMILIES else (), dtype, device, folder)
+    model.tie_weights()
+    model.generation_config = _generation_config(folder, config)
+    return model.eval()
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """`save_pretrained` without its progress bars: config, weights and generation config into `folder`."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError if the file is missing, not JSON or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path.parent}: not a model folder (no {path.name})", "see `llmctl runs list`"
+        ) from None
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})", "copy or download the model again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object", "copy or download the model again")
+    return value
+
+
+def _empty(config: LlmctlConfig) -> LlmctlForCausalLM:
+    with torch.device("meta"):
+        return LlmctlForCausalLM(config)
+
+
+def _generation_config(folder: Path, config: LlmctlConfig) -> GenerationConfig:
+    path = folder / "generation_config.json"
+    if path.is_file():
+        return GenerationConfig.from_dict(read_json(path))
+    ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(**ids)
+
+
+def _open_weights(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """Tensor name -> open safetensors file; nothing is read yet."""
+    paths = [folder / WEIGHTS]
+    if not paths[0].is_file():
+        if not (folder / INDEX).is_file():
+            raise UserError(f"{folder}: no {WEIGHTS}", _hint_for_missing(folder))
+        names = read_json(folder / INDEX).get("weight_map", {}).values()
+        paths = [folder / name for name in sorted(set(names))]
+    tensors: dict[str, Any] = {}
+    for path in paths:
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            tensors |= dict.fromkeys(file.keys(), file)
+        except FileNotFoundError:
+            raise UserError(
+                f"{path}: missing, though {INDEX} lists it", "copy or download it again"
+            ) from None
+        except PermissionError:
+            raise UserError(f"{path}: no permission to read it") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path}: damaged or cut short ({error})",
+                "copy or download it again, or use a checkpoint of the run",
+            ) from None
+    return tensors
+
+
+def _hint_for_missing(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return "this folder holds an adapter, not a model"
+    if any(folder.glob("*.bin")):
+        return "only safetensors are read; pickled .bin files can run code"
+    if any(folder.glob("checkpoints/step-*")):
+        return "the run was not finished; go on with --resume, or name a folder under checkpoints/"
+    return "copy or download the model again"
+
+
+def _fill(
+    model: nn.Module,
+    tensors: dict[str, Any],
+    rules: tuple[Rule, ...],
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    folder: Path,
+) -> None:
+    plan = to_core([name for name in tensors if not name.endswith(DROPPED)], rules)
+    wanted = dict(model.named_parameters(remove_duplicate=False))
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    _refuse(folder, "missing", sorted(wanted.keys() - plan.keys() - tied))
+    _refuse(folder, "unexpected", sorted(plan.keys() - wanted.keys()))
+    for name, parameter in _untied(wanted, tied):
+        weight: Tensor = load_one(plan[name], lambda disk: tensors[disk].get_tensor(disk))
+        if weight.shape != parameter.shape:
+            found, needed = list(weight.shape), list(parameter.shape)
+            raise UserError(
+                f"{folder}: tensor {name} has shape {found}, but config.json asks for {needed}",
+                "the weights belong to another config",
+            )
+        owner, leaf = name.rsplit(".", 1)
+        if not weight.is_floating_point():
+            raise UserError(f"{folder}: tensor {name} holds {weight.dtype}, not weights", "is it quantized?")
+        filled = nn.Parameter(weight.to(device=device, dtype=dtype or weight.dtype))
+        setattr(model.get_submodule(owner), leaf, filled)
+
+
+def _untied(wanted: dict[str, nn.Parameter], tied: set[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, weight) for name, weight in wanted.items() if name not in tied)
+
+
+def _refuse(folder: Path, how: str, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise UserError(f"{folder}: {how} tensors: {shown}", "the weights do not belong to this config.json")

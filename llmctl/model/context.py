@@ -1,0 +1,127 @@
+"""What every block of a stack is told about the tokens it sees: positions, documents, causality.
+
+Shape legend: B rows, T new tokens (queries), S all tokens visible so far (keys, new ones last).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llmctl.kernels.attention import Visibility
+from llmctl.model.patterns import Pattern
+
+Causality = Literal["causal", "none"]
+
+
+@dataclass
+class Tokens:
+    """Where tokens stand: `position` [B or 1, N] in their document, `segment` [B, N] naming it.
+
+    `segment` None means that all tokens of a row are one document. Padding is a document of its own
+    (segment 0), so real tokens never see it and its own rows of the mask are never empty.
+    """
+
+    position: Tensor
+    segment: Tensor | None = None
+
+    def column(self) -> Tokens:
+        """As queries: [B, N, 1], to be compared with a `row()`."""
+        return Tokens(self.position[:, :, None], None if self.segment is None else self.segment[:, :, None])
+
+    def row(self) -> Tokens:
+        """As keys: [B, 1, N]."""
+        return Tokens(self.position[:, None], None if self.segment is None else self.segment[:, None])
+
+
+@dataclass
+class Context:
+    """One forward pass as the mixers see it.
+
+    Attributes:
+        queries: the T new tokens.
+        keys: all S tokens, the new ones last; the same object as `queries` when nothing is cached.
+        causality: whether a query may see later positions; it belongs to the stack, so that no
+            pattern can forget it.
+        contiguous: every row is one unpadded document whose keys stand at 0 … S-1.
+        spans: document lengths over the flattened rows, when nothing is cached and rows are packed.
+        rotary: cos and sin [B or 1, T, D/2], set once by the stack that owns the positions.
+    """
+
+    queries: Tokens
+    keys: Tokens
+    causality: Causality = "causal"
+    contiguous: bool = False
+    spans: tuple[int, ...] | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    _seen: dict[Pattern, Visibility] = field(default_factory=dict)
+
+    def visible(self, pattern: Pattern) -> Visibility:
+        """What this pattern lets the queries see; computed once a pass, shared by the layers."""
+        if pattern not in self._seen:
+            self._seen[pattern] = self._visibility(pattern)
+        return self._seen[pattern]
+
+    def mask(self, pattern: Pattern) -> Tensor:
+        """The definition: [B or 1, T, S], True where the pattern, causality and documents all allow."""
+        query, key = self.queries.column(), self.keys.row()
+        allowed = pattern.sees(query.position, key.position)
+        if self.causality == "causal":
+            allowed = allowed & (key.position <= query.position)
+        if query.segment is not None and key.segment is not None:
+            allowed = allowed & (query.segment == key.segment)
+        return allowed
+
+    def _visibility(self, pattern: Pattern) -> Visibility:
+        T, S = self.queries.position.shape[1], self.keys.position.shape[1]
+        if self.contiguous and pattern.sees_all(S):
+            if T == 1 or self.causality == "none":
+                return Visibility("open")
+            if T == S:
+                return Visibility("causal")
+        if self.spans is not None and self.causality == "causal" and pattern.sees_all(max(self.spans)):
+            return Visibility("spans", spans=self.spans)
+        return Visibility("dense", mask=self.mask(pattern)[:, None])
+
+
+def plain_context(length: int, past: int = 0, device: torch.device | str = "cpu") -> Context:
+    """Rows without padding or packing: `past` cached tokens, then `length` new ones."""
+    keys = Tokens(torch.arange(past + length, device=device)[None])
+    queries = keys if past == 0 else Tokens(keys.position[:, past:])
+    return Context(queries, keys, contiguous=True)
+
+
+def packed_context(position_ids: Tensor) -> Context:
+    """Rows [B, T] in which several documents follow each other.
+
+    A position that is not one more than the one before it begins a new document (and every row
+    does). Documents are isolated from each other. Reads the positions on the host once.
+    """
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    tokens = Tokens(position_ids, starts.cumsum(1))
+    first = starts.flatten().nonzero().squeeze(1)
+    ends = torch.cat([first[1:], first.new_tensor([position_ids.numel()])])
+    whole = position_ids.shape[0] == first.numel() and bool((position_ids[:, 0] == 0).all())
+    return Context(tokens, tokens, contiguous=whole, spans=tuple((ends - first).tolist()))
+
+
+def padded_context(attention_mask: Tensor, length: int, position_ids: Tensor | None = None) -> Context:
+    """Rows with padding: `attention_mask` [B, S] is 1 at real tokens; the last `length` are new.
+
+    Positions count the real tokens of a row, unless `position_ids` [B, length] says otherwise.
+    """
+    segment = attention_mask.long()
+    keys = Tokens((segment.cumsum(1) - 1).clamp(min=0), segment)
+    queries = Tokens(keys.position[:, -length:], segment[:, -length:])
+    if position_ids is not None and not torch.equal(
+        position_ids.expand_as(queries.position), queries.position
+    ):
+        # cached keys keep the counted positions; they differ from the given ones by a constant
+        shift = (position_ids[:, -1:] - queries.position[:, -1:]).expand(queries.position.shape[0], 1)
+        queries = Tokens(position_ids.expand_as(queries.position), queries.segment)
+        keys = Tokens(torch.cat([keys.position[:, :-length] + shift, queries.position], 1), keys.segment)
+    return Context(queries, queries if length == attention_mask.shape[1] else keys)

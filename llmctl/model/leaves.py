@@ -1,0 +1,39 @@
+"""Every weight a pass may touch, with its name and shape.
+
+LoRA, quantization, counting and sharding walk this list and nothing else, so none of them can skip
+a kind of weight by accident.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+LeafKind = Literal["linear", "head"]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A weight matrix in its place.
+
+    Attributes:
+        name: dotted path of the module, such as `model.layers.0.mlp.up_proj`.
+        kind: `head` for the output head, `linear` for the rest.
+        shape: (out, in).
+    """
+
+    name: str
+    module: nn.Module
+    kind: LeafKind
+    shape: tuple[int, int]
+
+
+def leaves(model: nn.Module) -> Iterator[Leaf]:
+    """All leaves of a model in order of construction. The embedding table is not a matrix product."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            kind: LeafKind = "head" if name.rsplit(".", 1)[-1] == "lm_head" else "linear"
+            yield Leaf(name, module, kind, (module.out_features, module.in_features))

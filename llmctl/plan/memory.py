@@ -1,0 +1,42 @@
+"""Memory and disk of a training run, estimated before it starts."""
+
+from __future__ import annotations
+
+from llmctl.plan.size import total_parameters
+from llmctl.recipe.model import ModelSection
+
+WEIGHT = GRADIENT = 4  # bytes, float32
+MOMENTS = 8  # AdamW's two, float32
+LIBRARIES = 450 << 20  # resident size of torch and transformers after import
+HEAD_SLICE = 1024  # tokens whose logits exist at once (kernels/cross_entropy.py)
+
+
+def training_bytes(
+    model: ModelSection, rows: int, length: int, compute_bytes: int, checkpointing: bool
+) -> dict[str, int]:
+    """Peak bytes by part of one micro-batch of `rows` x `length` tokens; `model` must be resolved.
+
+    Activations count what autograd keeps per token and block: block inputs and norm outputs in
+    float32, the inputs of every product and the attention's operands. Good to about a quarter.
+    """
+    weights = total_parameters(model)
+    assert model.vocab_size and model.intermediate_size and model.head_dim and model.num_key_value_heads
+    width, inner, tokens = model.hidden_size, model.intermediate_size, rows * length
+    heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
+    kept = 4 * 4 * width + compute_bytes * (2 * width + heads + 4 * inner) + 4 * 2 * heads
+    layers = 1 if checkpointing else model.num_hidden_layers
+    activations = tokens * (layers * kept + 4 * width * (model.num_hidden_layers + 2))
+    logits = min(tokens, HEAD_SLICE) * model.vocab_size * (4 + 4 + compute_bytes)
+    return {
+        "weights": weights * (WEIGHT + (compute_bytes if compute_bytes != WEIGHT else 0)),
+        "gradients": weights * GRADIENT,
+        "optimizer": weights * MOMENTS,
+        "activations": activations,
+        "logits": logits,
+        "libraries": LIBRARIES,
+    }
+
+
+def checkpoint_bytes(model: ModelSection) -> int:
+    """Bytes of one checkpoint on disk: weights and both moments in float32."""
+    return total_parameters(model) * (WEIGHT + MOMENTS)

@@ -1,0 +1,65 @@
+"""The chat template: the one text that training, chat and serving render."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from transformers import PreTrainedTokenizerFast
+
+from llmctl.tokenizer.kinds import TURN_END, TURN_START
+
+# ChatML. The `generation` marks enclose what the assistant writes: content and end of turn.
+# Content is trimmed because white space at its edge would fuse with the line break before it, and
+# the ids of a rendered prompt would no longer begin the ids of the rendered conversation.
+CHATML = (
+    "{{- bos_token -}}"
+    "{%- for message in messages -%}"
+    "{%- if message['content'] is not string -%}"
+    "{{- raise_exception('the content of a message must be text') -}}"
+    "{%- endif -%}"
+    "{{- '" + TURN_START + "' + message['role'] + '\\n' -}}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}"
+    "{{- message['content'] | trim + '" + TURN_END + "' -}}"
+    "{%- endgeneration -%}"
+    "{%- else -%}"
+    "{{- message['content'] | trim + '" + TURN_END + "' -}}"
+    "{%- endif -%}"
+    "{{- '\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}"
+    "{{- '" + TURN_START + "assistant\\n' -}}"
+    "{%- endif -%}"
+)
+
+# What the recipe field `chat_template` may say.
+TEMPLATES: dict[str, str | None] = {"chatml": CHATML, "none": None}
+
+MARK = "mark"  # any word that no template contains next to a special token
+
+
+def template_hash(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """SHA-256 of the chat template, hexadecimal; None without one."""
+    template = tokenizer.chat_template
+    if template is None:
+        return None
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The ids that end a generation: end of text, and what the template writes after an answer.
+
+    The end of a turn is found by rendering one, so it holds for any template: it is the first
+    special token after the assistant's words.
+    """
+    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if tokenizer.chat_template is None:
+        return found
+    turns = [{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    after = tokenizer(rendered[rendered.rindex(MARK) + len(MARK) :], add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    end = next((token for token in after if token in special), None)
+    return found if end is None or end in found else [*found, end]

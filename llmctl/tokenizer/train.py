@@ -1,0 +1,111 @@
+"""Learning a tokenizer from a stream of texts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from llmctl.errors import UserError
+from llmctl.talk import SILENT, Talk
+from llmctl.tokenizer.kinds import BOS, EOS, PAD, TURN_END, TURN_START, kind_named
+from llmctl.tokenizer.template import CHATML
+
+BATCH = 256  # texts handed over at a time
+Result = TypeVar("Result")
+
+
+def train_tokenizer(
+    kind: str,
+    texts: Iterator[str],
+    vocab_size: int,
+    min_frequency: int,
+    chat_template: str | None = CHATML,
+    talk: Talk = SILENT,
+) -> PreTrainedTokenizerFast:
+    """Learn a vocabulary from texts, which are read once and not kept.
+
+    Ctrl-C is obeyed at once, also while merges are learned. What the data cannot fill stays out:
+    the result may be smaller than `vocab_size`, which is said.
+
+    Raises:
+        UserError: unknown kind, `vocab_size` too small for it, or no text at all.
+    """
+    tokenizer, trainer = kind_named(kind, vocab_size).build(vocab_size, min_frequency)
+    seen = _Seen()
+    _obeying_ctrl_c(lambda stop: tokenizer.train_from_iterator(_batches(texts, seen, stop), trainer=trainer))
+    if seen.characters == 0:
+        raise UserError("there is no text to learn a tokenizer from", "name files with text in them")
+    size = tokenizer.get_vocab_size()
+    if size < vocab_size:
+        talk.say(f"the data fills only {size:,} of {vocab_size:,} entries; the vocabulary has {size:,}")
+    return wrap(tokenizer, chat_template)
+
+
+def wrap(tokenizer: Tokenizer, chat_template: str | None) -> PreTrainedTokenizerFast:
+    """A tokenizer of ours as transformers knows it, special tokens named."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        extra_special_tokens=[TURN_START, TURN_END],
+        clean_up_tokenization_spaces=False,
+        chat_template=chat_template,
+    )
+
+
+class _Seen:
+    """How much text went by."""
+
+    characters = 0
+
+
+class _Stopped(Exception):
+    """Raised inside the worker when nobody waits for it any more."""
+
+
+def _batches(texts: Iterator[str], seen: _Seen, stop: threading.Event) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in texts:
+        if stop.is_set():
+            raise _Stopped
+        seen.characters += len(text)
+        batch.append(text)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    yield batch
+
+
+def _obeying_ctrl_c(work: Callable[[threading.Event], Result]) -> Result:
+    """Run `work` in a thread and wait for it.
+
+    The library learns merges in one long call during which Python handles no signal. In the main
+    thread that would make Ctrl-C wait for minutes; a waiting main thread hears it at once. The
+    abandoned thread is a daemon and ends with the process.
+    """
+    outcome: list[Result] = []
+    failure: list[BaseException] = []
+    stop = threading.Event()
+
+    def run() -> None:
+        try:
+            outcome.append(work(stop))
+        except BaseException as error:  # handed to the waiting thread below
+            failure.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="tokenizer training")
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(timeout=0.1)
+    except BaseException:
+        stop.set()
+        raise
+    if failure:
+        raise failure[0]
+    return outcome[0]

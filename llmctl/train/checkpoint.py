@@ -1,0 +1,102 @@
+"""Checkpoints: everything needed to go on as if nothing had happened, written all or not at all.
+
+checkpoints/step-000500/   the model's own files (Hugging Face layout)
+                           optimizer.pt   AdamW's moments
+                           rng.pt         random state of torch, per device
+                           state.json     step, tokens seen, file sizes; written last
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.optim import Optimizer
+
+from llmctl.errors import UserError
+from llmctl.files import folder_atomic, write_json
+
+FOLDER = "checkpoints"
+STATE = "state.json"
+NAME = re.compile(r"^step-(\d{6,})$")
+
+
+@dataclass
+class Progress:
+    """How far a run has come: optimizer steps done, trained tokens seen, seconds spent."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def save_checkpoint(
+    run: Path, progress: Progress, optimizer: Optimizer, save_model: Callable[[Path], None], keep: int
+) -> Path:
+    """Write `checkpoints/step-N`, then delete all but the newest `keep`.
+
+    Raises UserError if the disk is full or not writable; the checkpoints before it stay as they were.
+    """
+    path = run / FOLDER / f"step-{progress.step:06d}"
+    with folder_atomic(path) as folder:
+        save_model(folder)
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        torch.save(_rng_state(), folder / "rng.pt")
+        sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        write_json(folder / STATE, {**asdict(progress), "files": sizes})
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first. Half-written and damaged ones are not among them."""
+    folder = run / FOLDER
+    if not folder.is_dir():
+        return []
+    named = sorted((int(found[1]), path) for path in folder.iterdir() if (found := NAME.match(path.name)))
+    return [path for _, path in named if _is_complete(path)]
+
+
+def load_training_state(path: Path, optimizer: Optimizer) -> Progress:
+    """Restore optimizer and random state; the caller loads the weights.
+
+    Raises UserError if the files do not fit this model.
+    """
+    device = next(iter(optimizer.param_groups[0]["params"])).device
+    try:
+        optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location=device, weights_only=True))
+        _set_rng_state(torch.load(path / "rng.pt", weights_only=True))
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"{path}: the checkpoint does not fit this run ({str(error).splitlines()[0]})",
+            "delete that checkpoint to resume from the one before it",
+        ) from None
+    state = json.loads((path / STATE).read_text())
+    return Progress(state["step"], state["tokens"], state["seconds"])
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        sizes = json.loads((path / STATE).read_text())["files"]
+        return all((path / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

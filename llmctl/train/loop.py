@@ -1,0 +1,301 @@
+"""The one training loop. It takes batches and a loss, and knows no stage by name."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llmctl.errors import CheckFailed, Interrupted
+from llmctl.files import write_atomic
+from llmctl.kernels.device import Compute, physical_cores
+from llmctl.recipe.schema import TrainSection
+from llmctl.runs import METRICS
+from llmctl.talk import Bar, Talk
+from llmctl.train.checkpoint import Progress, checkpoints, load_training_state, save_checkpoint
+from llmctl.train.losses import Loss, trained_tokens
+from llmctl.train.optimizer import make_optimizer
+from llmctl.train.schedule import learning_rate
+
+DIVERGED = "diverged.json"
+
+
+class Batches(Protocol):
+    """A source of training data in which a step is found by its number alone."""
+
+    steps_per_epoch: int
+
+    def step(self, index: int) -> list[dict[str, Tensor]]:
+        """The micro-batches of 0-based optimizer step `index`: [B, T] tensors by name."""
+
+
+@dataclass
+class Job:
+    """What the loop is given.
+
+    Attributes:
+        evaluate: metrics of the model as it stands, names without `eval_`; None to skip evaluation.
+        save: write the model's files into a folder.
+        load: read them back from a checkpoint.
+    """
+
+    model: nn.Module
+    batches: Batches
+    loss: Loss
+    settings: TrainSection
+    compute: Compute
+    folder: Path
+    save: Callable[[Path], None]
+    load: Callable[[Path], None]
+    evaluate: Callable[[], dict[str, float]] | None = None
+
+
+def total_steps(settings: TrainSection, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run: max_steps, or the epochs' worth, at least one."""
+    return settings.max_steps or max(1, math.ceil(settings.num_train_epochs * steps_per_epoch))
+
+
+def every(steps: int, setting: int | None) -> int:
+    """An interval in steps: as set, or a tenth of the run."""
+    return setting or max(1, steps // 10)
+
+
+def train(job: Job, talk: Talk) -> dict[str, Any]:
+    """Train to the end, from the newest checkpoint in the folder if there is one.
+
+    Writes metrics.jsonl and checkpoints into `job.folder`; the last checkpoint is the final state.
+
+    Returns the final metrics: loss, tokens, seconds, tokens_per_second, and the evaluation's.
+
+    Raises:
+        CheckFailed: a loss or gradient that is not finite. The weights were not updated with it,
+            and the checkpoints are those of before.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written first.
+        UserError: a checkpoint cannot be written or read.
+    """
+    return _Training(job, talk).run()
+
+
+class _Training:
+    """The state of one call of `train`."""
+
+    def __init__(self, job: Job, talk: Talk) -> None:
+        self.job, self.talk, self.settings = job, talk, job.settings
+        self.steps = total_steps(job.settings, job.batches.steps_per_epoch)
+        torch.set_num_threads(job.settings.threads or physical_cores())
+        self.model = torch.compile(job.model) if job.settings.torch_compile else job.model
+        self.weights = [weight for weight in job.model.parameters() if weight.requires_grad]
+        self.optimizer = make_optimizer(job.model, job.settings)
+        self.progress = Progress()
+        self.last: dict[str, Any] = {}
+        self.window = _Window(job.compute.device)
+
+    def run(self) -> dict[str, Any]:
+        self._restore()
+        stop = threading.Event()
+        with _signals(stop), self.talk.bar("training", self.steps, "steps") as bar:
+            bar.advance(self.progress.step)
+            saved = self.progress.step
+            while self.progress.step < self.steps:
+                self._step()
+                self._report(bar)
+                done = self.progress.step
+                if (
+                    done % every(self.steps, self.settings.save_steps) == 0
+                    or done == self.steps
+                    or stop.is_set()
+                ):
+                    self._save()
+                    saved = done
+                if stop.is_set() and done < self.steps:
+                    raise Interrupted(
+                        f"{self.job.folder}: interrupted at step {saved} of {self.steps}; the state was saved",
+                        "run the same command with --resume to go on",
+                    )
+        return self._summary()
+
+    def _step(self) -> None:
+        settings, step = self.settings, self.progress.step
+        started = time.perf_counter()
+        rate = learning_rate(
+            step,
+            self.steps,
+            peak=settings.learning_rate,
+            kind=settings.lr_scheduler_type,
+            warmup_ratio=settings.warmup_ratio,
+            min_ratio=settings.min_lr_ratio,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        micro_batches = self.job.batches.step(step)
+        tokens = trained_tokens(micro_batches)
+        total = torch.zeros((), device=self.job.compute.device)
+        self.model.train()
+        for batch in micro_batches:
+            with self.job.compute.autocast():
+                loss = self.job.loss(self.model, self._moved(batch), tokens)
+            loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.weights, settings.max_grad_norm, foreach=True)
+        # before the update, so that bad numbers never reach the weights or the optimizer
+        if not math.isfinite(norm) or not math.isfinite(total):
+            self._diverged(float(total), float(norm), micro_batches, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        spent = time.perf_counter() - started
+        self.progress = Progress(step + 1, self.progress.tokens + tokens, self.progress.seconds + spent)
+        self.window.add(total, tokens, spent, norm, rate)
+
+    def _moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        device = self.job.compute.device
+        if device.type != "cuda":
+            return {name: value.to(device) for name, value in batch.items()}
+        return {name: value.pin_memory().to(device, non_blocking=True) for name, value in batch.items()}
+
+    def _report(self, bar: Bar) -> None:
+        done, steps, settings = self.progress.step, self.steps, self.settings
+        facts: dict[str, str] = {}
+        if done % settings.logging_steps == 0 or done == steps:
+            row = {"step": done, "epoch": done / self.job.batches.steps_per_epoch, **self.window.take()}
+            self.last |= row | {"tokens": self.progress.tokens}
+            self._log(row | {"tokens": self.progress.tokens})
+            facts = {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
+        if self.job.evaluate is not None and (done % every(steps, settings.eval_steps) == 0 or done == steps):
+            found = {f"eval_{name}": value for name, value in self._evaluated().items()}
+            self.last |= found
+            self._log({"step": done, **found})
+            if "eval_bits_per_byte" in found:
+                facts["eval bits/byte"] = f"{found['eval_bits_per_byte']:.3f}"
+        bar.advance(1, **facts)
+
+    def _evaluated(self) -> dict[str, float]:
+        assert self.job.evaluate is not None
+        self.model.eval()
+        with torch.no_grad(), self.job.compute.autocast():
+            return self.job.evaluate()
+
+    def _log(self, row: dict[str, Any]) -> None:
+        with open(self.job.folder / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _save(self) -> None:
+        keep = self.settings.save_total_limit
+        save_checkpoint(self.job.folder, self.progress, self.optimizer, self.job.save, keep)
+
+    def _restore(self) -> None:
+        found = checkpoints(self.job.folder)
+        if found:
+            self.job.load(found[-1])
+            self.progress = load_training_state(found[-1], self.optimizer)
+            self.talk.say(f"resuming from step {self.progress.step} of {self.steps}")
+        _cut_metrics(self.job.folder / METRICS, self.progress.step)
+
+    def _diverged(self, loss: float, norm: float, batches: list[dict[str, Tensor]], rate: float) -> None:
+        step = self.progress.step + 1
+        rows = [row for batch in batches for row in batch["input_ids"].tolist()]
+        dump = {
+            "step": step,
+            "loss": repr(loss),
+            "grad_norm": repr(norm),
+            "learning_rate": rate,
+            "input_ids": rows,
+        }
+        write_atomic(self.job.folder / DIVERGED, json.dumps(dump))
+        found = checkpoints(self.job.folder)
+        kept = f"the last good checkpoint is {found[-1].name}" if found else "there is no checkpoint yet"
+        what = (
+            f"loss is {loss}" if not math.isfinite(loss) else f"loss is {loss:.3g} but its gradient is {norm}"
+        )
+        raise CheckFailed(
+            f"{self.job.folder}: step {step}: {what}; {kept}",
+            f"lower train.learning_rate (now {self.settings.learning_rate:g}) or lengthen train.warmup_ratio; "
+            f"the rows of this step are in {DIVERGED}",
+        )
+
+    def _summary(self) -> dict[str, Any]:
+        speed = self.progress.tokens / self.progress.seconds if self.progress.seconds else 0.0
+        kept = {
+            name: value for name, value in self.last.items() if name == "loss" or name.startswith("eval_")
+        }
+        return {
+            **kept,
+            "steps": self.progress.step,
+            "tokens": self.progress.tokens,
+            "seconds": round(self.progress.seconds, 1),
+            "tokens_per_second": round(speed, 1),
+        }
+
+
+class _Window:
+    """Averages since the last metrics line, kept on the device so that no step waits for a number."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._clear()
+
+    def _clear(self) -> None:
+        self.loss = torch.zeros((), device=self.device)
+        self.tokens, self.seconds = 0, 0.0
+        self.norm: Tensor | None = None
+        self.rate = 0.0
+
+    def add(self, loss: Tensor, tokens: int, seconds: float, norm: Tensor, rate: float) -> None:
+        self.loss += loss * tokens
+        self.tokens += tokens
+        self.seconds += seconds
+        self.norm, self.rate = norm, rate
+
+    def take(self) -> dict[str, float]:
+        row = {
+            "loss": float(self.loss) / max(1, self.tokens),
+            "grad_norm": float(self.norm) if self.norm is not None else 0.0,
+            "learning_rate": self.rate,
+            "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
+        }
+        self._clear()
+        return row
+
+
+@contextmanager
+def _signals(stop: threading.Event) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM finish the step first; a second Ctrl-C stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: object) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Drop metric lines written after the checkpoint a run goes on from, and a line cut short by a crash."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    write_atomic(path, "".join(kept))
