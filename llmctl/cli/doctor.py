@@ -119,16 +119,18 @@ def torch_devices() -> list[Finding]:
         import torch
     except (ImportError, OSError) as error:
         return [Finding("devices", "missing", f"torch does not load: {error}", "pip install torch")]
-    cores = f"{_physical_cores()} cores, torch uses {torch.get_num_threads()} threads"
-    found = [Finding("cpu", "ok", f"{cores}; {cpu_dtypes(_cpu_flags())}")]
+    from llmctl.kernels.device import has_fast_bfloat16, physical_cores
+
+    cores = f"{physical_cores()} cores, torch uses {torch.get_num_threads()} threads"
+    fast = "bfloat16" if has_fast_bfloat16(torch.device("cpu")) else "float32"
+    found = [Finding("cpu", "ok", f"{cores}; computes in {fast}")]
     for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        memory = size(torch.cuda.get_device_properties(index).total_memory)
-        name = torch.cuda.get_device_name(index)
-        good = "float32, bfloat16" if major >= 8 else "float32, float16"
-        found.append(Finding(f"cuda:{index}", "ok", f"{name}, {memory}, sm_{major}{minor}; {good}"))
+        gpu = torch.cuda.get_device_properties(index)
+        fast = "bfloat16" if has_fast_bfloat16(torch.device("cuda", index)) else "float16, float32"
+        words = f"{gpu.name}, {size(gpu.total_memory)}, sm_{gpu.major}{gpu.minor}; computes in {fast}"
+        found.append(Finding(f"cuda:{index}", "ok", words))
     if torch.backends.mps.is_available():
-        found.append(Finding("mps", "ok", "Apple GPU; float32"))
+        found.append(Finding("mps", "ok", "Apple GPU; computes in float32"))
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
         found.append(
             Finding(
@@ -139,31 +141,6 @@ def torch_devices() -> list[Finding]:
             )
         )
     return found
-
-
-def _physical_cores() -> int:
-    import psutil
-
-    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
-
-
-def _cpu_flags() -> set[str] | None:
-    """What the processor says it can do; None where the system has no such list."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    line = next((x for x in text.splitlines() if x.startswith(("flags", "Features"))), "")
-    return set(line.partition(":")[2].split())
-
-
-def cpu_dtypes(flags: set[str] | None) -> str:
-    """The number formats a processor with these flags computes fast in."""
-    if flags is None:
-        return "float32"
-    if {"amx_bf16", "avx512_bf16", "bf16"} & flags:
-        return "float32, bfloat16"
-    return "float32 (bfloat16 works, but slowly)"
 
 
 def machine() -> list[Finding]:

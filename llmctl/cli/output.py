@@ -54,6 +54,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 def print_listing(values: dict[str, Any], indent: int = 0) -> None:
     """`key  value` lines; a section within is set in by two spaces, a list has a line per entry."""
+    values = {key: None if value in ({}, []) else value for key, value in values.items()}
     plain = [key for key, value in values.items() if not isinstance(value, (dict, list))]
     wide = max((cell_width(key) for key in plain), default=0)
     margin = " " * indent

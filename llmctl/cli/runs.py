@@ -19,7 +19,7 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", hidden=True)]
 
 # The figures worth a column, the most telling first.
 TELLING = ("bits_per_byte", "eval_bits_per_byte", "eval_loss", "loss", "perplexity", "bytes_per_token")
-LISTED_APART = ("outputs", "parents", "versions", "metrics")
+LISTED_APART = ("format", "outputs", "parents", "versions", "metrics")
 
 
 def list_runs(folder: Folder = None, as_json: AsJson = False) -> None:
@@ -106,7 +106,10 @@ def lineage(run: RunName, folder: Folder = None, as_json: AsJson = False) -> Non
 
 
 def _origin(path: Path, root: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """One run and its parents as nested dicts; `found` is False for a parent that is nowhere."""
+    """One run and its parents as nested dicts.
+
+    `found` is False for a parent that is nowhere, and None for one that is not a folder (a hub id).
+    """
     node: dict[str, Any] = {"path": str(path), "found": True, "stage": None, "hash": None, "parents": []}
     try:
         manifest = read_manifest(path)
@@ -115,10 +118,10 @@ def _origin(path: Path, root: Path, seen: tuple[str, ...] = ()) -> dict[str, Any
     node |= {"stage": manifest.get("stage"), "hash": manifest.get("hash")}
     node["status"] = status_of(path, manifest)
     for parent in manifest.get("parents") or []:
-        now = find_parent(parent, root)
+        now = find_parent(parent, root) if parent["hash"] else None
         if now is None or parent["hash"] in seen:
-            inner = {"path": parent["path"], "found": False, "stage": None, "hash": parent["hash"]}
-            inner["parents"] = []
+            inner = {"path": parent["path"], "found": False if parent["hash"] else None}
+            inner |= {"stage": None, "hash": parent["hash"], "parents": []}
         else:
             inner = _origin(now, root, (*seen, parent["hash"]))
             if str(now) != parent["path"]:
@@ -136,7 +139,9 @@ def _draw(node: dict[str, Any], margin: str = "", branch: str = "") -> None:
         words.append(f"({node['stage']})" if status == "done" else f"({node['stage']}, {status})")
     if node.get("was"):
         words.append(f"moved from {node['was']}")
-    if not node["found"]:
+    if node["found"] is None:
+        words.append("from the hub")
+    elif not node["found"]:
         words.append(f"missing: nothing here has its hash {node['hash'][:12]}")
     print(margin + branch + " ".join(words))
     deeper = margin + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]

@@ -62,8 +62,14 @@ def evaluate(
     if as_json:
         print_json(rows)
     else:
-        names = list(rows[0]) if rows else []
-        print_table([name.replace("_", " ") for name in names], [[row[n] for n in names] for row in rows])
+        print_table(
+            ["", *(row["tokenizer"] for row in rows)],
+            [
+                [name.replace("_", " "), *(row[name] for row in rows)]
+                for name in rows[0]
+                if name != "tokenizer"
+            ],
+        )
 
 
 def show(

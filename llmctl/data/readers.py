@@ -22,6 +22,7 @@ from llmctl.data.sources import BUILTIN_PREFIX, file_format, open_bytes, reading
 from llmctl.errors import UserError, nearest, one_of
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
 __all__ = ["Account", "Document", "documents", "resolve"]
@@ -204,11 +205,11 @@ def _parquet(path: Path, text_field: str, account: Account) -> Iterator[Document
             with open_bytes(path, Account()) as stream:
                 shutil.copyfileobj(stream, unpacked)
         try:
-            with pq.ParquetFile(unpacked if compressed else path) as file:
+            with pq.ParquetFile(unpacked if compressed else path, buffer_size=BLOCK) as file:
                 _check_column(path, file, text_field)
                 share = size / max(1, file.metadata.num_rows)
                 number, before = 0, account.input_bytes
-                for batch in file.iter_batches(PARQUET_ROWS, columns=[text_field]):
+                for batch in _row_batches(file, text_field):
                     for text in batch.column(0).to_pylist():
                         number += 1
                         if text is None:
@@ -229,6 +230,14 @@ def _parquet(path: Path, text_field: str, account: Account) -> Iterator[Document
                 f"{path}: not a parquet file, or a damaged one ({what[:1].lower()}{what[1:]})",
                 "copy or download it again",
             ) from error
+
+
+def _row_batches(file: pq.ParquetFile, text_field: str) -> Iterator[pa.RecordBatch]:
+    # One row group after the other: a single iterator over all of them holds on to what it has read.
+    for group in range(file.num_row_groups):
+        yield from file.iter_batches(
+            PARQUET_ROWS, row_groups=[group], columns=[text_field], use_threads=False
+        )
 
 
 def _check_column(path: Path, file: pq.ParquetFile, text_field: str) -> None:

@@ -52,6 +52,13 @@ def resolve(sources: Iterable[str | Path]) -> list[Path | str]:
     return found
 
 
+def total_bytes(sources: Iterable[str | Path]) -> int | None:
+    """Size of all files on the disk; None if a builtin is among them, which makes its text as it goes."""
+    items = resolve(sources)
+    files = [item for item in items if isinstance(item, Path)]
+    return sum(file.stat().st_size for file in files) if len(files) == len(items) else None
+
+
 def file_format(path: Path) -> str | None:
     """The extension that says how to read a file, without `.gz` or `.zst`; None if it is unknown."""
     name = path.name.lower()

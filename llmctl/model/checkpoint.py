@@ -67,6 +67,16 @@ def load_model(
     return model.eval()
 
 
+@torch.no_grad()
+def load_weights(model: LlmctlForCausalLM, folder: Path) -> None:
+    """Copy the weights of a checkpoint of the same model into `model`, in place, so optimizers keep hold of them."""
+    saved = load_model(folder)
+    for (name, weight), (_, new) in zip(model.named_parameters(), saved.named_parameters(), strict=True):
+        if weight.shape != new.shape:
+            raise UserError(f"{folder}: tensor {name} has another shape than in this run", "start a new run")
+        weight.copy_(new)
+
+
 def save_model(model: PreTrainedModel, folder: Path) -> None:
     """`save_pretrained` without its progress bars: config, weights and generation config into `folder`."""
     shown = logging.is_progress_bar_enabled()

@@ -90,19 +90,20 @@ def _obeying_ctrl_c(work: Callable[[threading.Event], Result]) -> Result:
     """
     outcome: list[Result] = []
     failure: list[BaseException] = []
-    stop = threading.Event()
+    stop, done = threading.Event(), threading.Event()
 
     def run() -> None:
         try:
             outcome.append(work(stop))
         except BaseException as error:  # handed to the waiting thread below
             failure.append(error)
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=run, daemon=True, name="tokenizer training")
-    thread.start()
+    threading.Thread(target=run, daemon=True, name="tokenizer training").start()
     try:
-        while thread.is_alive():
-            thread.join(timeout=0.1)
+        while not done.wait(timeout=0.1):  # without a timeout, no signal is handled on Windows
+            pass
     except BaseException:
         stop.set()
         raise

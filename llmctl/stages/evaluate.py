@@ -1,0 +1,42 @@
+"""`llmctl eval`: how well a model predicts the text in some files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmctl.data.packing import cut, pack
+from llmctl.data.shards import open_shards
+from llmctl.errors import UserError
+from llmctl.kernels.device import pick_compute
+from llmctl.model.checkpoint import load_model
+from llmctl.recipe.schema import CACHE_DIR, EvalRecipe
+from llmctl.stages.text import TextRows, encoder_of, refuse_mismatch, score_rows
+from llmctl.talk import Talk
+from llmctl.tokenizer.load import load_tokenizer
+
+
+def run(recipe: EvalRecipe, talk: Talk) -> dict[str, Any]:
+    """loss (nats per token), perplexity, bits_per_byte, tokens and bytes.
+
+    Documents longer than a row are split; every token but a document's first is predicted once.
+
+    Raises UserError: no data, data that cannot be read, a model or tokenizer that cannot be loaded
+    or do not fit each other.
+    """
+    settings = recipe.eval
+    if not settings.data:
+        raise UserError("no data to score", "name files with --data FILE")
+    assert recipe.base is not None
+    compute = pick_compute(recipe.device, settings.dtype)
+    tokenizer = load_tokenizer(recipe.base)
+    model = load_model(recipe.base, device=compute.device)
+    refuse_mismatch(tokenizer, model.config.vocab_size, recipe.base)
+    if compute.dtype == model.dtype or compute.device.type != "cpu":
+        model = model.to(compute.dtype)
+    else:
+        model = model.float()
+    length = settings.max_length or model.config.max_position_embeddings
+    shards = open_shards(settings.data, settings.text_field, encoder_of(tokenizer), CACHE_DIR, talk)
+    pieces = cut(shards.doc_start, length, "split", shards.where)
+    text = TextRows(shards, pieces, pack(pieces.length, length), length)
+    return score_rows(model, text, tokenizer, compute, settings.batch_size, settings.max_rows).figures()

@@ -1,0 +1,115 @@
+"""`llmctl generate`: continue a prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from llmctl.engine.generate import generate
+from llmctl.engine.sampling import sampler
+from llmctl.errors import UserError
+from llmctl.kernels.device import DTYPES, pick_device
+from llmctl.model import LlmctlForCausalLM
+from llmctl.model.checkpoint import load_model
+from llmctl.recipe.schema import GenerateRecipe, GenerateSection
+from llmctl.stages.text import refuse_mismatch
+from llmctl.talk import Talk
+from llmctl.tokenizer.load import load_tokenizer
+from llmctl.tokenizer.stream import TextStream
+from llmctl.tokenizer.template import stop_ids
+
+
+def run(
+    recipe: GenerateRecipe, prompt: str, talk: Talk, on_text: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """The continuation: `text` without the prompt, `tokens` the new ids, `tokens_per_second` of decoding.
+
+    Args:
+        on_text: called with each bit of text as it is complete.
+
+    Raises UserError: the model or tokenizer cannot be loaded or do not fit, the prompt is empty and
+    the model has no BOS, or it leaves no room in the context.
+    """
+    assert recipe.base is not None
+    settings = recipe.generate
+    tokenizer = load_tokenizer(recipe.base)
+    model = load_for_generation(recipe.base, recipe.device, settings.dtype)
+    refuse_mismatch(tokenizer, model.config.vocab_size, recipe.base)
+    ids = prompt_ids(tokenizer, prompt, settings.chat, recipe.base)
+    return continue_ids(model, tokenizer, ids, settings, talk, on_text)
+
+
+def load_for_generation(where: str, device: str, dtype: str) -> LlmctlForCausalLM:
+    """The model with weights in the asked precision; float16 weights become float32 on a CPU."""
+    place = pick_device(device)
+    if dtype == "float16" and place.type == "cpu":
+        raise UserError(
+            "generate.dtype: float16 is far slower than float32 on a CPU", "use bfloat16, float32 or auto"
+        )
+    model = load_model(where, DTYPES.get(dtype), place)
+    return model.float() if place.type == "cpu" and model.dtype == torch.float16 else model
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: bool, where: str) -> list[int]:
+    """The prompt as ids: raw text after BOS, or one user turn through the chat template."""
+    if chat:
+        if tokenizer.chat_template is None:
+            raise UserError(f"{where}: the tokenizer has no chat template", "leave out --chat")
+        turn = [{"role": "user", "content": prompt}]
+        rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    if tokenizer.bos_token_id is not None:
+        ids.insert(0, tokenizer.bos_token_id)
+    if not ids:
+        raise UserError(
+            "the prompt is empty, and this model has no BOS token to begin with", "give some text"
+        )
+    return ids
+
+
+def continue_ids(
+    model: LlmctlForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    ids: list[int],
+    settings: GenerateSection,
+    talk: Talk,
+    on_text: Callable[[str], None] | None,
+) -> dict[str, Any]:
+    """Generate after `ids` and decode; see `run`."""
+    room = model.config.max_position_embeddings - len(ids)
+    if room < 1:
+        raise UserError(
+            f"the prompt has {len(ids):,} tokens, but the model's context is {len(ids) + room:,}",
+            "shorten the prompt",
+        )
+    wanted = min(settings.max_new_tokens, room)
+    if wanted < settings.max_new_tokens:
+        talk.say(f"the context ends after {wanted} new tokens")
+    sample = sampler(settings.temperature, settings.top_k, settings.top_p, settings.seed)
+    stops = () if settings.ignore_eos else frozenset(_stops(model, tokenizer))
+    stream, tokens = TextStream(tokenizer, ids), []
+    started = first = time.perf_counter()
+    for token in generate(model, ids, wanted, sample, stops):
+        if not tokens:
+            first = time.perf_counter()
+        tokens.append(token)
+        text = stream.add(token)
+        if on_text is not None and text:
+            on_text(text)
+    ended, rest = time.perf_counter(), stream.rest()
+    if on_text is not None and rest:
+        on_text(rest)
+    # the first token waits for the whole prompt; the speed is that of the ones after it
+    spent, count = (ended - first, len(tokens) - 1) if len(tokens) > 1 else (ended - started, len(tokens))
+    return {"text": stream.text, "tokens": tokens, "tokens_per_second": round(count / max(spent, 1e-9), 1)}
+
+
+def _stops(model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    listed = model.generation_config.eos_token_id
+    listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
+    return [*listed, *stop_ids(tokenizer)]

@@ -1,0 +1,214 @@
+"""`llmctl pretrain`: train a language model on text, from nothing or from a model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from llmctl.errors import UserError
+from llmctl.files import folder_atomic, sync_folder
+from llmctl.kernels.device import Compute, pick_compute
+from llmctl.model import LlmctlForCausalLM
+from llmctl.model.checkpoint import load_model, load_weights, new_model, save_model
+from llmctl.recipe.load import dump_recipe
+from llmctl.recipe.model import ModelSection
+from llmctl.recipe.schema import PretrainRecipe
+from llmctl.runs import MANIFEST, Run, RunResult, check_out, default_out, read_manifest
+from llmctl.stages.plan import plan_pretraining
+from llmctl.stages.text import (
+    TextRows,
+    highest_id,
+    pad_id_of,
+    parent,
+    refuse_mismatch,
+    score_rows,
+    text_rows,
+    token_ids,
+    training_batches,
+)
+from llmctl.talk import Talk
+from llmctl.tokenizer.load import fingerprint, load_tokenizer
+from llmctl.tokenizer.template import stop_ids, template_hash
+from llmctl.train.checkpoint import checkpoints
+from llmctl.train.loop import Job, train
+from llmctl.train.losses import LOSSES
+
+STAGE = "pretrain"
+FINAL = "final"  # the finished model, built beside the run's other files and then moved up
+
+
+@dataclass
+class Inputs:
+    """What a pretraining run needs besides data, checked to fit together."""
+
+    tokenizer: PreTrainedTokenizerFast
+    spec: ModelSection
+    compute: Compute
+    max_length: int
+
+
+def run(recipe: PretrainRecipe, talk: Talk, *, resume: bool = False, dry_run: bool = False) -> RunResult:
+    """Train, and leave a run folder that opens as a Hugging Face model.
+
+    The folder is made only when tokenizer, model and data are known to be good.
+
+    Raises:
+        UserError: anything the user can mend before the run, or a full disk during it.
+        CheckFailed: loss or gradient stopped being finite.
+        Interrupted: Ctrl-C; the state was saved.
+    """
+    out = Path(recipe.out) if recipe.out else default_out(STAGE)
+    if resume and (finished := _finished(out)) is not None:
+        talk.say(f"{out}: this run is done; nothing to resume")
+        return RunResult(out, finished)
+    if not dry_run:
+        check_out(out, resume)
+    inputs = prepare(recipe)
+    if dry_run:
+        return RunResult(
+            None,
+            plan_pretraining(recipe, inputs.tokenizer, inputs.spec, inputs.compute, inputs.max_length, talk),
+        )
+    if resume and not checkpoints(out):
+        talk.say(f"{out}: no checkpoint to resume from; starting afresh")
+    train_rows, eval_rows = text_rows(
+        recipe.data, inputs.tokenizer, inputs.max_length, recipe.train.seed, talk
+    )
+    model = build_model(recipe, inputs)
+    talk.say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {inputs.compute}")
+    # the folder is no part of what a run is: repeating it elsewhere must be possible
+    saved = recipe.model_copy(
+        update={"out": None, "model": recipe.model or (None if recipe.base else ModelSection())}
+    )
+    fields = {
+        "seed": recipe.train.seed,
+        "device": str(inputs.compute),
+        "parents": _parents(recipe),
+        "data": _data_fields(recipe, train_rows, eval_rows),
+        "tokenizer": fingerprint(inputs.tokenizer),
+        "template": template_hash(inputs.tokenizer),
+    }
+    with Run.start(STAGE, out, dump_recipe(saved), resume=resume, **fields) as opened:
+        job = _job(recipe, inputs, model, train_rows, eval_rows, out)
+        metrics = train(job, talk)
+        _install(model, inputs.tokenizer, out)
+        opened.finish(metrics)
+    return RunResult(out, metrics)
+
+
+def prepare(recipe: PretrainRecipe) -> Inputs:
+    """Load and check everything that is cheap to check. Raises UserError."""
+    if not recipe.data.train:
+        raise UserError("no data to train on", "name files with --data, or try --data builtin:tinyworld")
+    compute = pick_compute(recipe.device, recipe.train.dtype)
+    source = recipe.tokenizer or recipe.base
+    if source is None:
+        raise UserError("no tokenizer", "name one with --tokenizer; `llmctl tokenizer train` makes it")
+    tokenizer = load_tokenizer(source)
+    if recipe.base is not None:
+        spec = load_model(recipe.base).config.spec
+        refuse_mismatch(tokenizer, spec.vocab_size or 0, source)
+        _refuse_other_tokenizer(recipe, tokenizer)
+    else:
+        rows = max(len(tokenizer), highest_id(tokenizer) + 1)
+        spec = (recipe.model or ModelSection()).resolved(vocab_size=rows)
+        refuse_mismatch(tokenizer, spec.vocab_size or 0, source)
+    length = recipe.data.max_length or spec.max_position_embeddings
+    if length > spec.max_position_embeddings:
+        raise UserError(
+            f"data.max_length is {length}, but the model's max_position_embeddings is {spec.max_position_embeddings}",
+            "lower data.max_length, or give the model a longer context",
+        )
+    return Inputs(tokenizer, spec, compute, length)
+
+
+def build_model(recipe: PretrainRecipe, inputs: Inputs) -> LlmctlForCausalLM:
+    """The model to train: float32 weights on the run's device, `base` or fresh from the seed."""
+    import torch
+
+    ids = token_ids(inputs.tokenizer, stop_ids(inputs.tokenizer))
+    if recipe.base is not None:
+        model = load_model(recipe.base, torch.float32)
+    else:
+        model = new_model(inputs.spec, recipe.train.seed, **ids)
+        model.generation_config = GenerationConfig(**ids)
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.to(inputs.compute.device)
+
+
+def _job(
+    recipe: PretrainRecipe,
+    inputs: Inputs,
+    model: LlmctlForCausalLM,
+    train_rows: TextRows,
+    eval_rows: TextRows | None,
+    out: Path,
+) -> Job:
+    settings = recipe.train
+
+    def evaluate() -> dict[str, float]:
+        assert eval_rows is not None
+        rows, limit = settings.per_device_eval_batch_size, settings.eval_max_rows
+        return score_rows(model, eval_rows, inputs.tokenizer, inputs.compute, rows, limit).figures()
+
+    return Job(
+        model=model,
+        batches=training_batches(train_rows, recipe.data, settings, pad_id_of(inputs.tokenizer)),
+        loss=LOSSES["causal_lm"],
+        settings=settings,
+        compute=inputs.compute,
+        folder=out,
+        save=partial(save_model, model),
+        load=partial(load_weights, model),
+        evaluate=evaluate if eval_rows is not None else None,
+    )
+
+
+def _install(model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Put the finished model and its tokenizer into the run folder, each file whole or not at all."""
+    with folder_atomic(out / FINAL) as folder:
+        save_model(model, folder)
+        tokenizer.save_pretrained(folder)
+    for file in sorted((out / FINAL).iterdir()):
+        os.replace(file, out / file.name)
+    shutil.rmtree(out / FINAL)
+    sync_folder(out)
+
+
+def _finished(out: Path) -> dict[str, Any] | None:
+    if not (out / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(out)
+    return manifest.get("metrics", {}) if manifest.get("status") == "done" else None
+
+
+def _parents(recipe: PretrainRecipe) -> list[dict[str, Any]]:
+    found = [("model", recipe.base), ("tokenizer", recipe.tokenizer)]
+    return [parent(role, where) for role, where in found if where is not None]
+
+
+def _data_fields(recipe: PretrainRecipe, train_rows: TextRows, eval_rows: TextRows | None) -> dict[str, Any]:
+    fields = {"train": train_rows.manifest(recipe.data.train)}
+    if eval_rows is not None:
+        fields["eval"] = eval_rows.manifest(recipe.data.eval or recipe.data.train)
+    return fields
+
+
+def _refuse_other_tokenizer(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A model goes on with the tokenizer it was trained with: other ids would mean other words."""
+    assert recipe.base is not None
+    if recipe.tokenizer is None:
+        return
+    theirs = load_tokenizer(recipe.base)
+    if fingerprint(theirs) != fingerprint(tokenizer):
+        raise UserError(
+            f"{recipe.tokenizer}: not the tokenizer that {recipe.base} was trained with",
+            "leave out --tokenizer to use the model's own",
+        )

@@ -1,0 +1,162 @@
+"""What text stages share: a tokenizer that fits the model, and data cut into rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from llmctl.data.batches import Batch, Batches, eval_batches, split_holdout
+from llmctl.data.packing import Pieces, Rows, cut, pack, text_bytes, unpacked
+from llmctl.data.shards import Encoder, Shards, open_shards
+from llmctl.errors import UserError
+from llmctl.evaluate.perplexity import Score, score
+from llmctl.kernels.device import Compute
+from llmctl.model import LlmctlForCausalLM
+from llmctl.recipe.schema import DataSection, TrainSection
+from llmctl.runs import Parent, folder_hash
+from llmctl.talk import Talk
+from llmctl.tokenizer.load import encode_batch, fingerprint
+
+
+def parent(role: str, where: str) -> dict[str, Any]:
+    """A manifest entry for a folder that a run is made from; a hub id has no hash of its own."""
+    path = Path(where).expanduser()
+    return vars(Parent(role, str(path), folder_hash(path) if path.is_dir() else ""))
+
+
+def token_ids(tokenizer: PreTrainedTokenizerFast, stop: list[int]) -> dict[str, Any]:
+    """bos, eos and pad ids as a model config holds them; `stop` are all ids that end a generation."""
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": stop[0] if len(stop) == 1 else stop or None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def refuse_mismatch(tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: str) -> None:
+    """Raise UserError if the tokenizer can give ids that the model has no row for."""
+    needed = highest_id(tokenizer) + 1
+    if needed > vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer needs {needed:,} rows, but the model has vocab_size {vocab_size:,}",
+            "use the tokenizer the model was trained with",
+        )
+
+
+def highest_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The largest id the tokenizer can give, added tokens included."""
+    return max(tokenizer.get_vocab().values())
+
+
+def encoder_of(tokenizer: PreTrainedTokenizerFast) -> Encoder:
+    """The tokenizer as the data package needs it."""
+    return Encoder(
+        partial(encode_batch, tokenizer),
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        highest_id(tokenizer) + 1,
+        fingerprint(tokenizer),
+    )
+
+
+@dataclass
+class TextRows:
+    """Documents of one data set, cut into pieces and laid into rows."""
+
+    shards: Shards
+    pieces: Pieces
+    rows: Rows
+    max_length: int
+
+    def bytes(self, max_rows: int | None = None) -> float:
+        """UTF-8 bytes that the labels of the first `max_rows` rows stand for."""
+        count = len(self.rows) if max_rows is None else min(max_rows, len(self.rows))
+        chosen = self.rows.pieces[: self.rows.offsets[count]]
+        each = text_bytes(self.pieces.take(chosen), self.shards.doc_start, self.shards.doc_bytes)
+        return float(each.sum())
+
+    def manifest(self, sources: list[str]) -> dict[str, Any]:
+        """What a manifest records of the data."""
+        return {
+            "sources": sources,
+            "fingerprint": self.shards.fingerprint,
+            "documents": int(self.shards.doc_bytes.size),
+            "rows": len(self.rows),
+            "tokens": self.pieces.trained_tokens,
+            "bytes": round(self.bytes()),
+            "account": self.shards.account.to_json(),
+        }
+
+
+def text_rows(
+    data: DataSection, tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int, talk: Talk
+) -> tuple[TextRows, TextRows | None]:
+    """Training rows, and evaluation rows from `data.eval` or held out of the training documents.
+
+    Says what was read, kept, dropped and cut.
+
+    Raises UserError: see `data.readers.documents` and `data.packing.cut`.
+    """
+    encoder = encoder_of(tokenizer)
+    shards = open_shards(data.train, data.text_field, encoder, data.cache_dir, talk)
+    pieces = cut(shards.doc_start, max_length, data.overlong, shards.where)
+    for line in [*shards.account.lines(), *pieces.lines(max_length)]:
+        talk.say(line)
+    lay = partial(_laid, packing=data.packing, max_length=max_length)
+    if data.eval:
+        held = open_shards(data.eval, data.text_field, encoder, data.cache_dir, talk)
+        held_pieces = cut(held.doc_start, max_length, data.overlong, held.where)
+        return lay(shards, pieces), lay(held, held_pieces)
+    kept, held_out = split_holdout(pieces, data.eval_fraction, seed)
+    return lay(shards, kept), lay(shards, held_out) if len(held_out) else None
+
+
+def _laid(shards: Shards, pieces: Pieces, *, packing: bool, max_length: int) -> TextRows:
+    rows = pack(pieces.length, max_length) if packing else unpacked(len(pieces))
+    return TextRows(shards, pieces, rows, max_length)
+
+
+def training_batches(text: TextRows, data: DataSection, train: TrainSection, pad_id: int) -> Batches:
+    """Rows as the loop takes them."""
+    return Batches(
+        text.shards.ids,
+        text.pieces,
+        text.rows,
+        max_length=text.max_length,
+        batch_size=train.per_device_train_batch_size,
+        accumulation=train.gradient_accumulation_steps,
+        seed=train.seed,
+        pad_id=pad_id,
+        isolate=data.isolate_documents,
+    )
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    """An id to fill rows with; its label is masked by position, so any id does where there is no pad."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+
+def score_rows(
+    model: LlmctlForCausalLM,
+    text: TextRows,
+    tokenizer: PreTrainedTokenizerFast,
+    compute: Compute,
+    batch_size: int,
+    max_rows: int | None = None,
+) -> Score:
+    """Score a model on rows; every document's tokens are predicted from that document alone."""
+    batches: Iterator[Batch] = eval_batches(
+        text.shards.ids,
+        text.pieces,
+        text.rows,
+        batch_size=batch_size,
+        pad_id=pad_id_of(tokenizer),
+        max_rows=max_rows,
+    )
+    special = frozenset(tokenizer.all_special_ids)
+    return score(model, batches, text.bytes(max_rows), special, compute)
