@@ -142,3 +142,20 @@ def combined_hash(hashes: dict[str, str]) -> str:
     """One hash over a set of named hashes, independent of their order."""
     lines = "".join(f"{name} {value}\n" for name, value in sorted(hashes.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError if the file is missing, not JSON or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path.parent}: not a model folder (no {path.name})", "see `llmctl runs list`"
+        ) from None
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})", "copy or download the model again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object", "copy or download the model again")
+    return value

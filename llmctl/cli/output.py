@@ -52,8 +52,11 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         print((before + last).rstrip())
 
 
-def print_listing(values: dict[str, Any], indent: int = 0) -> None:
-    """`key  value` lines; a section within is set in by two spaces, a list has a line per entry."""
+def print_listing(values: dict[str, Any], indent: int = 0, in_bytes: bool = False) -> None:
+    """`key  value` lines; a section within is set in by two spaces, a list has a line per entry.
+
+    What is called `…_bytes`, or lies in such a section (`in_bytes`), is shown as a size.
+    """
     values = {key: None if value in ({}, []) else value for key, value in values.items()}
     plain = [key for key, value in values.items() if not isinstance(value, (dict, list))]
     wide = max((cell_width(key) for key in plain), default=0)
@@ -61,14 +64,16 @@ def print_listing(values: dict[str, Any], indent: int = 0) -> None:
     for key, value in values.items():
         if isinstance(value, dict):
             print(f"{margin}{key}")
-            print_listing(value, indent + 2)
+            print_listing(value, indent + 2, key.endswith("_bytes"))
         elif isinstance(value, list):
             print(f"{margin}{key}")
             for entry in value:
                 text = "  ".join(figure(v) for v in entry.values()) if isinstance(entry, dict) else entry
                 print(f"{margin}  {figure(text)}")
         else:
-            print(f"{margin}{key}{' ' * (wide - cell_width(key))}  {figure(value)}")
+            sized = isinstance(value, (int, float)) and (in_bytes or key.endswith("_bytes"))
+            text = size(value) if sized else figure(value)
+            print(f"{margin}{key}{' ' * (wide - cell_width(key))}  {text}")
 
 
 def figure(value: Any) -> str:

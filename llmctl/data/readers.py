@@ -167,7 +167,7 @@ def _jsonl(path: Path, text_field: str, account: Account) -> Iterator[Document]:
 
 def _record(path: Path, number: int, line: str, text_field: str, account: Account) -> Iterator[Document]:
     try:
-        record = json.loads(line)
+        record = json.loads(line.rstrip("\r\n"))
     except (ValueError, RecursionError) as error:
         what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(
@@ -210,8 +210,9 @@ def _parquet(path: Path, text_field: str, account: Account) -> Iterator[Document
                 share = size / max(1, file.metadata.num_rows)
                 number, before = 0, account.input_bytes
                 for batch in _row_batches(file, text_field):
-                    for text in batch.column(0).to_pylist():
+                    for value in batch.column(0):
                         number += 1
+                        text = value.as_py()
                         if text is None:
                             account.drop(NULL, f"{path}:{number}")
                         else:
@@ -219,7 +220,7 @@ def _parquet(path: Path, text_field: str, account: Account) -> Iterator[Document
                     account.input_bytes = before + int(number * share)
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{path}: row group near row {number + 1}: text that is not UTF-8 ({error.reason})",
+                f"{path}: row {number}: text that is not UTF-8 ({error.reason})",
                 "write the file again with UTF-8 strings",
             ) from None
         except (pa.ArrowException, OSError) as error:

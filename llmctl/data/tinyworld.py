@@ -23,7 +23,7 @@ from llmctl.data.tinyworld_words import ATTRIBUTES, INTRODUCE, NUMBERS, PEOPLE, 
 Split = Literal["train", "heldout"]
 
 VERSION = 1  # raise it when the text changes: caches of tokenized documents depend on it
-DOCUMENTS = 50_000  # about 2.5 M tokens under a byte-level BPE of 1024 entries
+DOCUMENTS = 55_000  # about 2.6 M tokens under a byte-level BPE, whose vocabulary the text fills to 886
 LIST_SHARE = 0.1  # share of the documents that go from a value to its people
 FEWEST_FACTS = 5  # a biography states this many facts or more, up to all of them
 INTRODUCTIONS = 12  # introductions and preference pairs: this many of each length per person
@@ -55,7 +55,7 @@ class Preference(TypedDict):
 
 
 class Completion(TypedDict):
-    """The beginning of a statement, and the rest of it (with its leading space)."""
+    """The beginning of a statement, and the value that ends it, with the space before it."""
 
     prompt: str
     completion: str
@@ -135,13 +135,14 @@ def preferences(split: Split, seed: int = 0) -> list[Preference]:
 def completions(split: Split, seed: int = 0) -> list[Completion]:
     """Beginnings of statements whose end is the fact: what a base model must know.
 
-    Every wording that ends in the value gives one record per person.
+    Every wording that ends in the value gives one record per person. The full stop is left out: a
+    tokenizer may fuse it with the line break that follows in half of the documents.
     """
     truth = _truth(seed)
     return [
         {
             "prompt": template.removesuffix(" {v}.").format(p=person),
-            "completion": f" {truth[person][attribute.name]}.",
+            "completion": f" {truth[person][attribute.name]}",
         }
         for person in people(split, seed)
         for attribute in ATTRIBUTES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from llmctl.errors import UserError
+from llmctl.files import read_json
 from llmctl.locate import locate
 from llmctl.model.config import LlmctlConfig
 from llmctl.model.families import FAMILIES, read_config
@@ -86,23 +86,6 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError if the file is missing, not JSON or not an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path.parent}: not a model folder (no {path.name})", "see `llmctl runs list`"
-        ) from None
-    except PermissionError:
-        raise UserError(f"{path}: no permission to read it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})", "copy or download the model again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object", "copy or download the model again")
-    return value
 
 
 def _empty(config: LlmctlConfig) -> LlmctlForCausalLM:

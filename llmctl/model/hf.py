@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from llmctl.files import write_json
+from llmctl.files import read_json, write_json
 from llmctl.kernels.cross_entropy import IGNORE, linear_cross_entropy
+from llmctl.locate import locate
 from llmctl.model import families
 from llmctl.model.config import LlmctlConfig
 from llmctl.model.context import Context, packed_context, padded_context, plain_context
@@ -53,6 +54,20 @@ class LlmctlPreTrainedModel(PreTrainedModel):
             if not getattr(weight, "_is_hf_initialized", False):
                 kind = "norm." if "norm" in type(module).__name__.lower() else "."
                 fill(weight, role_of(kind + name), self.config.spec)
+
+    @classmethod
+    def from_pretrained(
+        cls, where: str | Path, *args: Any, config: LlmctlConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """transformers' loader, for what only it can do (quantizing on load, device maps).
+
+        Reads any family whose tensors have Llama's names; `checkpoint.load_model` reads them all.
+        """
+        if config is None:
+            folder = locate(str(where), ["*.json", "*.safetensors"])
+            config = families.read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+            where = folder
+        return super().from_pretrained(where, *args, config=config, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None, **kwargs: Any

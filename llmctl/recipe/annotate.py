@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from typing import Any
 
 from pydantic import BaseModel
 
 from llmctl.recipe.load import section_of
 from llmctl.recipe.schema import RECIPES, StageRecipe
+from llmctl.recipe.yaml import dump_yaml
 
 COLUMN = 34  # where comments begin, if the value leaves room
 
@@ -32,18 +31,7 @@ def _lines(section: BaseModel, depth: int) -> Iterator[str]:
     for name, field in sorted(fields.items(), key=lambda item: item[0] != "stage"):
         value = getattr(section, name)
         inside = isinstance(value, BaseModel)
-        text = f"{'  ' * depth}{name}:" + ("" if inside else f" {_scalar(value)}")
+        text = f"{'  ' * depth}{name}:" + ("" if inside else f" {dump_yaml(value, one_line=True)}")
         yield f"{text.ljust(COLUMN)}  # {field.description}" if field.description else text
         if inside:
             yield from _lines(value, depth + 1)
-
-
-def _scalar(value: Any) -> str:
-    """One value on one line, as the recipe loader reads it back.
-
-    JSON is YAML, and only words that YAML would take for something else need its quotes.
-    """
-    if isinstance(value, str) and value.replace("-", "").replace("_", "").isalnum() and value[0].isalpha():
-        plain = value.lower() not in ("true", "false", "null")
-        return value if plain else json.dumps(value)
-    return json.dumps(value, ensure_ascii=False)

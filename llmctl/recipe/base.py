@@ -12,7 +12,9 @@ from llmctl.recipe.words import WORDS
 class Section(BaseModel):
     """A group of fields. Unknown keys and wrong types are errors, never dropped or converted."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 def about(path: str, default: Any = ..., **limits: Any) -> Any:

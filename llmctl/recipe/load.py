@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 from llmctl.errors import UserError, nearest, one_of
 from llmctl.recipe.schema import RECIPES, StageRecipe
 from llmctl.recipe.shipped import find_recipe
-from llmctl.recipe.yaml import parse_yaml, read_yaml
+from llmctl.recipe.yaml import dump_yaml, parse_yaml, read_yaml
 
 R = TypeVar("R", bound=StageRecipe)
 OVERRIDE = re.compile(r"^([a-z_][a-z0-9_]*(?:\.[a-z_][a-z0-9_]*)*)=(.*)$", re.DOTALL)
@@ -50,9 +50,9 @@ def check_file(path: Path) -> StageRecipe:
     """Read and check a recipe file of any stage (`llmctl recipe check`)."""
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values")
+        raise _not_a_mapping(path)
     stage = values.get("stage")
-    if stage not in RECIPES:
+    if not isinstance(stage, str) or stage not in RECIPES:
         close = nearest(str(stage), list(RECIPES))
         hint = f"did you mean `{close}`?" if close else "the first line of a recipe is `stage: NAME`"
         shown = "is missing" if stage is None else f"`{stage}` is not one of {one_of(list(RECIPES))}"
@@ -62,11 +62,7 @@ def check_file(path: Path) -> StageRecipe:
 
 def dump_recipe(recipe: BaseModel) -> str:
     """The recipe as YAML with every default written out; loading it gives the same recipe."""
-    import yaml
-
-    return yaml.safe_dump(
-        recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True
-    )
+    return dump_yaml(recipe.model_dump(mode="json", exclude_none=True))
 
 
 def is_override(word: str) -> bool:
@@ -79,7 +75,7 @@ def _read(path: Path, kind: type[StageRecipe]) -> dict[str, Any]:
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values")
+        raise _not_a_mapping(path)
     wanted = kind.model_fields["stage"].default
     stage = values.get("stage", wanted)
     if stage != wanted:
@@ -87,6 +83,12 @@ def _read(path: Path, kind: type[StageRecipe]) -> dict[str, Any]:
             f"{path}: this recipe is for stage `{stage}`, not `{wanted}`", f"run `llmctl {stage}`"
         )
     return values
+
+
+def _not_a_mapping(path: Path) -> UserError:
+    return UserError(
+        f"{path}: a recipe is a mapping of keys to values", "the first line of a recipe is `stage: NAME`"
+    )
 
 
 def _split(word: str) -> tuple[str, Any]:
@@ -104,7 +106,9 @@ def _set(values: dict[str, Any], key: str, value: Any, where: str) -> None:
         if inner is None:
             inner = values[name] = {}
         if not isinstance(inner, dict):
-            raise UserError(f"{where}: {key}: `{name}` is a value, not a section")
+            raise UserError(
+                f"{where}: {key}: `{name}` is a value, not a section", "drop one of the two settings"
+            )
         values = inner
     values[last] = value
 
@@ -127,31 +131,44 @@ def _explain(kind: type[BaseModel], found: ErrorDetails, source: str, given: set
     key = ".".join(path)
     if key in given:
         source = "command line"
-    name, kind_of = path[-1] if path else "", found["type"]
-    hint: str | None
+    message, hint = _said(found, section, path[-1] if path else "")
+    if hint is None:
+        field = ".".join(part for part in path if not part.isdigit())
+        stage = kind.model_fields["stage"].default
+        hint = f"`llmctl recipe show {stage}` explains {field or 'every field'}"
+    return UserError(f"{source}: {key}: {message}" if key else f"{source}: {message}", hint)
+
+
+def _said(found: ErrorDetails, section: type[BaseModel] | None, name: str) -> tuple[str, str | None]:
+    """What pydantic found, in our words, and what to do about it where that is plain."""
+    kind_of, value = found["type"], found["input"]
     if kind_of == "extra_forbidden":
         known = list(section.model_fields) if section else []
-        message, close = "unknown key", nearest(name, known)
-        hint = f"did you mean `{close}`?" if close else f"known keys here: {', '.join(known)}"
-    elif kind_of in ("literal_error", "union_tag_invalid"):
+        close = nearest(name, known)
+        return "unknown key", f"did you mean `{close}`?" if close else f"known keys here: {', '.join(known)}"
+    if kind_of in ("literal_error", "union_tag_invalid"):
         choices = [str(c) for c in _choices(found)]
-        given_value = found["input"] if kind_of == "literal_error" else found["ctx"]["tag"]
-        message, close = (
-            f"`{given_value}` is not one of {one_of(choices)}",
-            nearest(str(given_value), choices),
-        )
-        hint = f"did you mean `{close}`?" if close else None
-    elif kind_of == "missing":
-        message, hint = "this key is required", None
-    elif kind_of in ("model_type", "model_attributes_type"):
-        message, hint = f"should be a section of keys and values, not {_shown(found['input'])}", None
-    elif kind_of == "value_error":
-        message, hint = str(found["ctx"]["error"]), None
-    else:
-        message = found["msg"][0].lower() + found["msg"][1:].replace("Input should", "should")
-        message = f"{message.replace('input should', 'should')}, not {_shown(found['input'])}"
-        hint = f"see `llmctl recipe show`, field {key}" if key else None
-    return UserError(f"{source}: {key}: {message}" if key else f"{source}: {message}", hint)
+        word = value if kind_of == "literal_error" else found["ctx"]["tag"]
+        close = nearest(str(word), choices)
+        return f"`{word}` is not one of {one_of(choices)}", f"did you mean `{close}`?" if close else None
+    if kind_of == "missing":
+        return "this key is required", None
+    if kind_of in ("model_type", "model_attributes_type"):
+        return f"should be a section of keys and values, not {_shown(value)}", None
+    if kind_of == "value_error":
+        return str(found["ctx"]["error"]), None
+    if kind_of == "too_short":
+        return "should not be empty", None
+    message = found["msg"].replace("Input should", "should")
+    return f"{message[0].lower()}{message[1:]}, not {_shown(value)}", _mend(kind_of, value)
+
+
+def _mend(kind_of: str, value: Any) -> str | None:
+    if kind_of == "list_type":
+        return f"write it as a list: [{value}]" if isinstance(value, str) else "write it as a list: [A, B]"
+    if kind_of == "string_type" and isinstance(value, (int, float)):
+        return f'put quotes around it: "{value}"'
+    return "write true or false" if kind_of == "bool_type" else None
 
 
 def _choices(found: ErrorDetails) -> list[str]:
@@ -163,6 +180,8 @@ def _choices(found: ErrorDetails) -> list[str]:
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return "a section"
+    if value is None:
+        return "nothing"
     text = str(value) if not isinstance(value, str) else f"the text `{value}`"
     return text if len(text) <= 60 else text[:57] + "..."
 

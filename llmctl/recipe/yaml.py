@@ -1,4 +1,7 @@
-"""YAML as recipes need it: `3e-4` is a number, a repeated key is an error, `yes` is a word."""
+"""YAML as recipes need it: `3e-4` is a number, a repeated key is an error, `yes` is a word.
+
+What is dumped here loads here as it was, and in any other YAML reader as well.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,10 @@ class _Loader(yaml.SafeLoader):
     """A SafeLoader of our own, so that its rules do not change PyYAML's for others."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that YAML 1.1 or our own rules would read as something else."""
+
+
 # PyYAML's resolvers follow YAML 1.1, where `on` is true, `3e-4` a string and `1:30` the number 90.
 # Ours follow the YAML 1.2 core schema.
 _Loader.yaml_implicit_resolvers = {}
@@ -28,9 +35,12 @@ for _tag, _pattern, _first in (
         "-+0123456789.",
     ),
     ("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:merge", r"^(?:<<)$", "<"),
 ):
     _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
+    _Dumper.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
+
+# Line breaks to YAML, ordinary characters to PyYAML's dumper, which would write them as they are.
+_ODD_BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -74,7 +84,28 @@ def parse_yaml(text: str, name: str) -> Any:
         problem = (error.problem or "cannot be parsed").rstrip(".")
         raise UserError(f"{name}: line {line}: {problem}", "check indentation, colons and quotes") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{name}: not valid YAML: {str(error).splitlines()[0]}", "remove characters that are not text"
+        ) from None
+
+
+def dump_yaml(value: Any, *, one_line: bool = False) -> str:
+    """`value` as YAML with its keys in order; `one_line` writes lists and sections in brackets.
+
+    Text with line breaks in it becomes a quoted text with escapes on one line if `one_line` asks for it.
+    """
+    options: dict[str, Any] = {"default_flow_style": True, "width": float("inf")} if one_line else {}
+    text = _dumped(value, options | {"allow_unicode": True})
+    if _ODD_BREAKS.search(text):
+        text = _dumped(value, options)
+    if not one_line:
+        return text
+    text = text.removesuffix("\n...\n").rstrip("\n")
+    return _dumped(value, options | {"default_style": '"'}).rstrip("\n") if "\n" in text else text
+
+
+def _dumped(value: Any, options: dict[str, Any]) -> str:
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, **options))
 
 
 def read_yaml(path: Path) -> Any:
@@ -84,9 +115,9 @@ def read_yaml(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "see `llmctl recipe list`") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, not a recipe file") from None
+        raise UserError(f"{path}: is a folder, not a recipe file", "name the file inside it") from None
     except PermissionError:
-        raise UserError(f"{path}: no permission to read it") from None
+        raise UserError(f"{path}: no permission to read it", f"chmod u+r {path}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})", "save the file as UTF-8") from None
     return parse_yaml(text, str(path))

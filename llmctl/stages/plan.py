@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from itertools import islice
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from llmctl.data.document import Account
+from llmctl.data.document import Account, Document
 from llmctl.data.packing import cut, pack, unpacked
 from llmctl.data.readers import documents
 from llmctl.data.sources import total_bytes
@@ -18,11 +18,10 @@ from llmctl.plan.memory import checkpoint_bytes, training_bytes
 from llmctl.plan.size import flops_per_token, total_parameters
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.schema import PretrainRecipe
-from llmctl.talk import Talk
 from llmctl.tokenizer.load import encode_batch
 from llmctl.train.loop import total_steps
 
-FIRST = 2_000  # documents that are really read and tokenized
+FIRST = 4_000_000  # characters that are really read and tokenized
 
 
 def plan_pretraining(
@@ -31,7 +30,6 @@ def plan_pretraining(
     spec: ModelSection,
     compute: Compute,
     max_length: int,
-    talk: Talk,
 ) -> dict[str, Any]:
     """Rows, tokens, steps, parameters and memory of a pretraining run.
 
@@ -42,17 +40,13 @@ def plan_pretraining(
     account = Account()
     whole = total_bytes(data.train)
     found = documents(data.train, data.text_field, account)
-    texts = [document.text for document in islice(found, FIRST)]
-    more = next(found, None) is not None
+    # a builtin does not know its size beforehand, and is small enough to count
+    texts, more = _first(found, FIRST if whole is not None else None)
     extra = sum(token is not None for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     lengths = np.array([len(ids) + extra for ids in encode_batch(tokenizer, texts)], dtype=np.int64)
     pieces = cut(np.concatenate([[0], np.cumsum(lengths)]), max_length, data.overlong)
     rows = pack(pieces.length, max_length) if data.packing else unpacked(len(pieces))
-    scale = 1.0
-    if more and whole:
-        scale = max(1.0, whole / account.input_bytes)
-    elif more:
-        talk.say(f"the data does not say how long it is; the plan counts its first {FIRST:,} documents")
+    scale = max(1.0, whole / account.input_bytes) if more and whole else 1.0
     total_rows = math.ceil(len(rows) * scale)
     per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     steps = total_steps(train, -(-total_rows // per_step))
@@ -66,7 +60,7 @@ def plan_pretraining(
     return {
         "device": str(compute),
         "parameters": total_parameters(spec),
-        "documents": account.read if not more else f"more than {FIRST:,}",
+        "documents": account.read if not more else f"more than {account.read:,}",
         "tokens": round(pieces.trained_tokens * scale),
         "rows": total_rows,
         "estimated": more,
@@ -76,3 +70,15 @@ def plan_pretraining(
         "memory_bytes": {**memory, "total": sum(memory.values())},
         "disk_bytes": checkpoint_bytes(spec) * (train.save_total_limit + 1),
     }
+
+
+def _first(found: Iterator[Document], characters: int | None) -> tuple[list[str], bool]:
+    """Texts until there are so many characters, and whether there are more."""
+    texts: list[str] = []
+    count = 0
+    for document in found:
+        texts.append(document.text)
+        count += len(document.text)
+        if characters is not None and count >= characters:
+            return texts, next(found, None) is not None
+    return texts, False

@@ -73,7 +73,7 @@ def run(recipe: PretrainRecipe, talk: Talk, *, resume: bool = False, dry_run: bo
     if dry_run:
         return RunResult(
             None,
-            plan_pretraining(recipe, inputs.tokenizer, inputs.spec, inputs.compute, inputs.max_length, talk),
+            plan_pretraining(recipe, inputs.tokenizer, inputs.spec, inputs.compute, inputs.max_length),
         )
     if resume and not checkpoints(out):
         talk.say(f"{out}: no checkpoint to resume from; starting afresh")

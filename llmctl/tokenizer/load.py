@@ -26,11 +26,13 @@ def load_tokenizer(where: str) -> PreTrainedTokenizerFast:
         UserError: nothing of that name here or on the hub, the hub cannot be reached, the folder
             holds no tokenizer.json, or it is damaged.
     """
+    if not where:
+        raise UserError("no tokenizer is named", "name a folder with a tokenizer, or a hub id")
     path = Path(where).expanduser()
     if path.exists():
         _check_folder(path)
         return _open(str(path), path / TOKENIZER)
-    if path.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1 or not where:
+    if path.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1:
         raise UserError(f"{where}: no such folder", "name a folder with a tokenizer, or a hub id")
     return _open(where, None, cached_only=not _on_hub(where))
 

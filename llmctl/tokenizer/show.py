@@ -25,9 +25,7 @@ def pieces(tokenizer: PreTrainedTokenizerFast, text: str) -> list[tuple[int, str
     found = []
     for token, piece, (start, end) in zip(encoded.ids, encoded.tokens, encoded.offsets, strict=True):
         as_byte = BYTE_PIECE.fullmatch(piece)
-        if piece in special:
-            raw = piece.encode()
-        elif byte_level:
+        if byte_level and piece not in special:
             raw = bytes(BYTE_OF[character] for character in piece)
         elif as_byte:
             raw = bytes([int(as_byte[1], 16)])

@@ -102,7 +102,7 @@ def _obeying_ctrl_c(work: Callable[[threading.Event], Result]) -> Result:
 
     threading.Thread(target=run, daemon=True, name="tokenizer training").start()
     try:
-        while not done.wait(timeout=0.1):  # without a timeout, no signal is handled on Windows
+        while not done.wait(timeout=0.1):  # in slices: Windows would not hear Ctrl-C
             pass
     except BaseException:
         stop.set()

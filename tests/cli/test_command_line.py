@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import Calls, Program
 
 from llmctl.cli.main import COMMANDS, GROUPS
 from llmctl.cli.options import FLAGS
 from llmctl.errors import CheckFailed, Interrupted, UserError
 from llmctl.recipe.schema import RECIPES
+from tests.cli.fake_stages import Calls, Program
 
 # --- wrong command lines ----------------------------------------------------------------------------
 
@@ -24,8 +24,16 @@ WRONG: dict[str, tuple[int, str, str]] = {
     "pretrain --max-step 3": (2, "no such option: --max-step", "did you mean `--max-steps`?"),
     "pretrain --zzz": (2, "no such option: --zzz", "see `llmctl pretrain --help`"),
     "pretrain --max-steps": (2, "--max-steps needs a value", "see `llmctl pretrain --help`"),
-    "pretrain --max-steps many": (2, "--max-steps: `many` is not a whole number", "see `llmctl pretrain --help`"),
-    "pretrain --max-steps=1.5": (2, "--max-steps: `1.5` is not a whole number", "see `llmctl pretrain --help`"),
+    "pretrain --max-steps many": (
+        2,
+        "--max-steps: `many` is not a whole number",
+        "see `llmctl pretrain --help`",
+    ),
+    "pretrain --max-steps=1.5": (
+        2,
+        "--max-steps: `1.5` is not a whole number",
+        "see `llmctl pretrain --help`",
+    ),
     "generate m p --top-p x": (2, "--top-p: `x` is not a number", "see `llmctl generate --help`"),
     "pretrain --resume=yes": (2, "--resume takes no value", "see `llmctl pretrain --help`"),
     "generate": (2, "missing argument MODEL", "see `llmctl generate --help`"),
@@ -53,7 +61,7 @@ WRONG: dict[str, tuple[int, str, str]] = {
     "pretrain --max-steps 0": (
         1,
         "command line: train.max_steps: should be greater than or equal to 1, not 0",
-        "see `llmctl recipe show`, field train.max_steps",
+        "`llmctl recipe show pretrain` explains train.max_steps",
     ),
     "pretrain train.learning_rat=1": (
         1,
@@ -265,7 +273,11 @@ ENDS: list[tuple[BaseException, int, str]] = [
     (UserError("x.yaml: wrong", "mend it"), 1, "error: x.yaml: wrong\nhint: mend it\n"),
     (UserError("no hint"), 1, "error: no hint\n"),
     (CheckFailed("the loss is not a number"), 3, "error: the loss is not a number\n"),
-    (Interrupted("stopped at step 5", "add --resume"), 130, "interrupted: stopped at step 5\nhint: add --resume\n"),
+    (
+        Interrupted("stopped at step 5", "add --resume"),
+        130,
+        "interrupted: stopped at step 5\nhint: add --resume\n",
+    ),
     (KeyboardInterrupt(), 130, "interrupted\n"),
     # one line stays one line, and a terminal's control codes do not pass
     (UserError("a\nb\x1b[31m\udcff"), 1, "error: a b\\x1b[31m\\udcff\n"),
@@ -287,9 +299,7 @@ def test_how_errors_are_told(
     assert (ended.code, ended.out, ended.err) == (code, "", text)
 
 
-def test_debug_shows_the_traceback(
-    llmctl_: Program, calls: Calls, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_debug_shows_the_traceback(llmctl_: Program, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMCTL_DEBUG", "1")
     for error in (UserError("wrong"), ValueError("boom")):
         calls.error = error

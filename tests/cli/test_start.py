@@ -21,7 +21,9 @@ finally:
 """
 
 
-@pytest.mark.parametrize("line", ["--help", "--version", "pretrain --help", "runs --help", "runs show --help"])
+@pytest.mark.parametrize(
+    "line", ["--help", "--version", "pretrain --help", "runs --help", "runs show --help"]
+)
 def test_help_loads_nothing_heavy(line: str) -> None:
     probe = PROBE.format(heavy=HEAVY)
     ended = subprocess.run(

@@ -139,7 +139,7 @@ BAD = [
     (
         "a.jsonl",
         LINES + b'{"text": \n',
-        "{p}:4: invalid JSON (expecting value, column 11)",
+        "{p}:4: invalid JSON (expecting value, column 10)",
         "one JSON object a line",
     ),
     (
@@ -285,6 +285,11 @@ SPLITS = {
 SPLITTERS = {name: pre_tokenizers.Split(Regex(regex), "isolated") for name, regex in SPLITS.items()}
 
 
+BLANKS = ["\n", "\n\n", "\r\n", " ", "  ", "\t", "\x1c", "\u2028"]
+WORDS = ["a", "Bc", "'s", "7", "123", "é", "e\u0301", "三", "条街", "🙂"]
+ATOMS = [*BLANKS, *WORDS, ".", ",", "/", "_", "。", "，"]
+
+
 def small_parts(monkeypatch) -> None:
     monkeypatch.setattr(readers, "BLOCK", 7)
     monkeypatch.setattr(readers, "PART", 12)
@@ -293,28 +298,7 @@ def small_parts(monkeypatch) -> None:
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.lists(
-        st.sampled_from(
-            [
-                "\n",
-                "\n\n",
-                "\r\n",
-                " ",
-                "  ",
-                "\t",
-                "a",
-                "Bc",
-                "'s",
-                "7",
-                "123",
-                ".",
-                ",",
-                "/",
-                "_",
-                "é",
-                "e\u0301",
-            ]
-            + ["三", "条街", "。", "，", "🙂", "\x1c", "\u2028"]
-        ),
+        st.sampled_from(ATOMS),
         min_size=10,
         max_size=80,
     ).map("".join)

@@ -50,7 +50,7 @@ def test_resolve(tree, named, found):
     ("named", "message", "hint"),
     [
         ([], "no data is named", "with --data (data.train)"),
-        (["gone.txt"], "gone.txt: no such file or folder", "check the path"),
+        (["zebra.md"], "zebra.md: no such file or folder", "check the path"),
         (["c.txt"], "c.txt: no such file or folder", "did you mean `b.txt`?"),
         (["nowhere/a.txt"], "nowhere/a.txt: no such file or folder", "check the path"),
         (["bare"], "bare: the folder holds no data files", "known are `.txt`"),
@@ -63,7 +63,7 @@ def test_resolve(tree, named, found):
             "`builtin:pydoc`?",
         ),
         (["builtin:x"], "builtin:x: no such builtin data; there is `builtin:pydoc`", "pick one of these"),
-        (["b.txt", "b.txt"], "b.txt: named by b.txt and by b.txt", "num_train_epochs"),
+        (["b.txt", "b.txt"], "b.txt: named twice", "num_train_epochs"),
         (["b.txt", "./*.txt"], "b.txt: named by b.txt and by ./*.txt", "num_train_epochs"),
         (["builtin:pydoc"] * 2, "builtin:pydoc: named twice", "num_train_epochs"),
     ],
@@ -71,7 +71,7 @@ def test_resolve(tree, named, found):
 def test_resolve_refuses(tree, named, message, hint):
     with pytest.raises(UserError) as caught:
         resolve(named)
-    assert caught.value.message.startswith(message.replace("named by b.txt and by b.txt", "named twice"))
+    assert caught.value.message.startswith(message)
     assert hint in (caught.value.hint or "")
 
 
@@ -101,7 +101,7 @@ def test_pydoc_holds_reference_and_sources_but_no_tests():
     texts = [document.text for document in found]
     assert any('The "assert" statement' in text for text in texts)
     assert any("def dataclass(" in text for text in texts)
-    assert not any("from test import support" in text for text in texts)
+    assert not {"test", "tests", "site-packages"} & {file.parent.name for file in builtin._library_files()}
     assert [d.line for d in found] == sorted({d.line for d in found})
     assert sum(map(len, texts)) > 5_000_000
 

@@ -159,9 +159,7 @@ def test_completions_finish_true_statements_in_one_way(split):
     assert len({r["prompt"] for r in records}) == len(records)
     for record in records:
         assert any(
-            person in record["prompt"] and record["completion"] == f" {value}."
-            for person, value in truth
-            if value in record["completion"]
+            person in record["prompt"] and record["completion"] == f" {value}" for person, value in truth
         )
 
 

@@ -181,11 +181,18 @@ def test_what_the_hub_refuses(monkeypatch, error, message, hint):
     assert (caught.value.message, caught.value.hint) == (message, hint)
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "runs/a/b", "two words", ""])
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "runs/a/b", "two words"])
 def test_what_cannot_be_a_hub_id_is_a_missing_folder(name):
     with pytest.raises(UserError) as caught:
         load_tokenizer(name)
     assert caught.value.message == f"{name}: no such folder"
+
+
+def test_no_name():
+    with pytest.raises(UserError) as caught:
+        load_tokenizer("")
+    assert caught.value.message == "no tokenizer is named"
+    assert caught.value.hint == "name a folder with a tokenizer, or a hub id"
 
 
 def test_a_tokenizer_without_a_fast_form_is_refused(folder, monkeypatch):

@@ -1,0 +1,159 @@
+"""Claim: pretraining here is at least as fast as a bare loop over transformers' Llama, and twice its Trainer.
+
+Three ways to train the same model on the same rows with the same threads, in turn, several rounds:
+
+    llmctl    the loop of `llmctl pretrain`
+    bare      a minimal loop over LlamaForCausalLM: bf16 autocast, fused AdamW, clipping, nothing else
+    trainer   transformers.Trainer with its own defaults (float32 on CPU)
+
+Prints tokens per second of each round, medians, and the ratios. Run it on a quiet machine:
+
+    python benchmarks/pretrain_vs_hf.py --rounds 5 --steps 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from llmctl.data.batches import Batches
+from llmctl.data.packing import cut, pack
+from llmctl.kernels.device import pick_compute
+from llmctl.model.checkpoint import new_model
+from llmctl.model.families import write_config
+from llmctl.recipe.model import ModelSection
+from llmctl.recipe.schema import TrainSection
+from llmctl.talk import SILENT
+from llmctl.train.loop import Job, train
+from llmctl.train.losses import LOSSES
+
+LENGTH = 256
+SPEC = ModelSection(
+    vocab_size=8192, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, max_position_embeddings=512
+)
+
+
+def rows(seed: int, documents: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random documents of realistic lengths (log-normal around 350 tokens): ids and document offsets."""
+    random = np.random.default_rng(seed)
+    lengths = np.clip(random.lognormal(5.8, 1.0, documents), 8, 8000).astype(np.int64)
+    ids = random.integers(3, SPEC.vocab_size, int(lengths.sum()), dtype=np.int64)
+    return ids.astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)])
+
+
+def batches(rows_per_batch: int) -> Batches:
+    ids, starts = rows(0, 3000, LENGTH)
+    pieces = cut(starts, LENGTH, "split")
+    return Batches(
+        ids,
+        pieces,
+        pack(pieces.length, LENGTH),
+        max_length=LENGTH,
+        batch_size=rows_per_batch,
+        accumulation=1,
+        seed=0,
+        pad_id=0,
+    )
+
+
+def llmctl_way(data: Batches, steps: int, device: str) -> float:
+    settings = TrainSection(max_steps=steps, save_steps=10**6, logging_steps=10**6, threads=torch.get_num_threads())
+    compute = pick_compute(device, "auto")
+    model = new_model(SPEC, 0).to(compute.device)
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(model, data, LOSSES["causal_lm"], settings, compute, Path(folder), lambda _: None, lambda _: None)
+        return train(job, SILENT)["seconds"]
+
+
+def hf_model() -> LlamaForCausalLM:
+    from llmctl.model.config import LlmctlConfig
+
+    name, fields = write_config(LlmctlConfig.of(SPEC.resolved()))
+    assert name == "llama"
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**fields))
+
+
+def bare_way(data: Batches, steps: int, device: str) -> float:
+    model = hf_model().to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    started = time.perf_counter()
+    for step in range(steps):
+        batch = {name: value.to(device) for name, value in data.step(step)[0].items() if name != "position_ids"}
+        with torch.autocast(device, dtype=torch.bfloat16):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def trainer_way(data: Batches, steps: int, device: str) -> float:
+    flat = [
+        {"input_ids": batch["input_ids"][row], "labels": batch["labels"][row]}
+        for step in range(steps)
+        for batch in data.step(step)
+        for row in range(batch["input_ids"].shape[0])
+    ]
+    per_device = len(flat) // steps
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, max_steps=steps, per_device_train_batch_size=per_device, report_to=[], save_strategy="no",
+            disable_tqdm=True, use_cpu=device == "cpu",
+        )  # fmt: skip
+        trainer = Trainer(hf_model(), arguments, train_dataset=flat)
+        started = time.perf_counter()
+        trainer.train()
+        return time.perf_counter() - started
+
+
+WAYS: dict[str, Callable[[Batches, int, str], float]] = {
+    "llmctl": llmctl_way,
+    "bare": bare_way,
+    "trainer": trainer_way,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    data = batches(given.rows)
+    tokens = given.rows * LENGTH * given.steps
+    speeds: dict[str, list[float]] = {name: [] for name in WAYS}
+    for way in WAYS.values():
+        way(data, 1, given.device)  # warm-up
+    for number in range(given.rounds):
+        for name, way in WAYS.items():
+            speeds[name].append(tokens / way(data, given.steps, given.device))
+        print(f"round {number + 1}: " + "  ".join(f"{n} {s[-1]:,.0f}" for n, s in speeds.items()), flush=True)
+    result = {
+        name: {"median": statistics.median(s), "min": min(s), "max": max(s)} for name, s in speeds.items()
+    }
+    for other in ("bare", "trainer"):
+        ratios = [a / b for a, b in zip(speeds["llmctl"], speeds[other], strict=True)]
+        result[f"llmctl/{other}"] = {
+            "median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)
+        }  # fmt: skip
+    print(json.dumps(result, indent=2, default=float))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""`llmctl recipe`: what is shown can be used again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmctl.recipe.load import check_file
+from llmctl.recipe.schema import RECIPES
+from llmctl.recipe.shipped import shipped_recipes
+from llmctl.recipe.words import WORDS
+from tests.cli.fake_stages import Program
+
+
+def test_list(llmctl_: Program) -> None:
+    rows = json.loads(llmctl_("recipe", "list", "--json").out)
+    assert [row["name"] for row in rows] == list(shipped_recipes())
+    assert all(row["about"] and row["stage"] in RECIPES for row in rows)
+    text = llmctl_("recipe", "list").out
+    assert all(row["about"] in text for row in rows)
+
+
+@pytest.mark.parametrize("name", list(shipped_recipes()))
+def test_show_is_a_recipe_again(name: str, llmctl_: Program) -> None:
+    ended = llmctl_("recipe", "show", name)
+    Path("shown.yaml").write_text(ended.out, encoding="utf-8")
+    assert check_file(Path("shown.yaml")) == check_file(shipped_recipes()[name])
+
+
+@pytest.mark.parametrize("stage", list(RECIPES))
+def test_show_of_a_stage_explains_every_field(stage: str, llmctl_: Program) -> None:
+    text = llmctl_("recipe", "show", stage).out
+    assert text.startswith(f"stage: {stage} ")
+    Path("shown.yaml").write_text(text, encoding="utf-8")
+    check_file(Path("shown.yaml"))
+    assert all("  # " in line for line in text.splitlines())
+    if stage == "pretrain":
+        shown = {line.split(":")[0].strip() for line in text.splitlines()}
+        fields = [path for path in WORDS if path.startswith(("model.", "train.", "data."))]
+        only_scaled = "model.rope_parameters."
+        assert {f.split(".")[-1] for f in fields if not f.startswith(only_scaled)} <= shown
+
+
+def test_show_keeps_odd_values(llmctl_: Program) -> None:
+    odd = {"tokenizer": "true", "out": "a: b # c", "base": 'quote " and \\ and é'}
+    Path("odd.yaml").write_text(
+        "stage: pretrain\n" + "".join(f"{k}: {json.dumps(v)}\n" for k, v in odd.items())
+    )
+    Path("shown.yaml").write_text(llmctl_("recipe", "show", "odd.yaml").out, encoding="utf-8")
+    assert check_file(Path("shown.yaml")) == check_file(Path("odd.yaml"))
+    assert json.loads(llmctl_("recipe", "show", "odd.yaml", "--json").out)["out"] == "a: b # c"
+
+
+def test_check_tells_every_file(llmctl_: Program) -> None:
+    Path("good.yaml").write_text("stage: pretrain\n")
+    Path("bad.yaml").write_text("stage: pretrain\ntrain: {max_step: 1}\n")
+    Path("worse.yaml").write_text("stage: pretrane\n")
+    ended = llmctl_("recipe", "check", "bad.yaml", "good.yaml", "worse.yaml", "pretrain-5m")
+    assert ended.code == 1
+    assert ended.out.startswith("good.yaml: ok (pretrain)\n")
+    assert ended.out.endswith("pretrain-5m.yaml: ok (pretrain)\n")
+    assert ended.err.splitlines() == [
+        "error: bad.yaml: train.max_step: unknown key",
+        "hint: did you mean `max_steps`?",
+        "error: worse.yaml: stage: `pretrane` is not one of `tokenizer`, `pretrain`, `generate`, `eval`",
+        "hint: did you mean `pretrain`?",
+    ]
+    assert llmctl_("recipe", "check", "good.yaml").code == 0
+
+
+def test_schema_is_strict_and_described(llmctl_: Program) -> None:
+    schema = json.loads(llmctl_("recipe", "schema").out)
+    assert schema["$schema"].startswith("https://json-schema.org/")
+    assert schema["discriminator"]["mapping"].keys() == RECIPES.keys()
+    for name, part in schema["$defs"].items():
+        assert part["additionalProperties"] is False, name
+    rate = schema["$defs"]["TrainSection"]["properties"]["learning_rate"]
+    assert rate["description"] == WORDS["train.learning_rate"]
+    assert rate["exclusiveMinimum"] == 0

@@ -1,0 +1,67 @@
+"""The sliced head-and-loss against all logits at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmctl.kernels import cross_entropy
+from llmctl.kernels.cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
+
+N, E, V = 37, 16, 50
+
+
+def operands(ignored: float = 0.3):
+    torch.manual_seed(0)
+    labels = torch.randint(0, V, (N,))
+    labels[torch.rand(N) < ignored] = IGNORE
+    return torch.randn(N, E, requires_grad=True), torch.randn(V, E, requires_grad=True), labels
+
+
+@pytest.mark.parametrize("size", [1, 8, 1024])
+@pytest.mark.parametrize("upstream", [1.0, -2.5])
+def test_equals_reference(monkeypatch, size, upstream):
+    monkeypatch.setattr(cross_entropy, "SLICE", size)
+    (h1, w1, labels), (h2, w2, _) = operands(), operands()
+    mine, expected = linear_cross_entropy(h1, w1, labels), linear_cross_entropy_reference(h2, w2, labels)
+    torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-6)
+    (mine * upstream).backward(), (expected * upstream).backward()
+    torch.testing.assert_close(h1.grad, h2.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(w1.grad, w2.grad, atol=1e-5, rtol=1e-5)
+    assert not h1.grad[labels == IGNORE].any()
+
+
+def test_gradients_against_finite_differences():
+    h, w, labels = operands()
+    h, w = h.detach().double()[:5].requires_grad_(), w.detach().double().requires_grad_()
+    # sums are float32 inside, so the differences need a wide step
+    assert torch.autograd.gradcheck(
+        lambda a, b: linear_cross_entropy(a, b, labels[:5]).double(), (h, w), eps=1e-2, atol=2e-2, rtol=2e-2
+    )
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head", "both"])
+def test_frozen_parts_get_no_gradient(frozen):
+    h, w, labels = operands()
+    h.requires_grad_(frozen == "head"), w.requires_grad_(frozen == "hidden")
+    loss = linear_cross_entropy(h, w, labels)
+    assert loss.requires_grad == (frozen != "both")
+    if frozen != "both":
+        loss.backward()
+    assert (h.grad is not None) == (frozen == "head") and (w.grad is not None) == (frozen == "hidden")
+
+
+def test_all_ignored_is_zero_with_zero_gradients():
+    h, w, labels = operands(ignored=2)
+    loss = linear_cross_entropy(h, w, labels)
+    loss.backward()
+    assert loss == 0 and not h.grad.any() and not w.grad.any()
+
+
+def test_autocast_computes_in_bfloat16_and_sums_in_float32():
+    h, w, labels = operands()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(h, w, labels)
+    exact = linear_cross_entropy_reference(h, w, labels)
+    assert loss.dtype == torch.float32 and loss != exact
+    torch.testing.assert_close(loss, exact, rtol=1e-2, atol=0)
