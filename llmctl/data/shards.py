@@ -106,9 +106,9 @@ def open_shards(
     key = _key(items, text_field, encoder, talk)
     root = Path(cache_dir).expanduser() / "shards"
     path = root / key
-    found = _load(path, items, talk)
-    if found is None:
-        with disk_errors(root, ELSEWHERE):
+    with disk_errors(root, ELSEWHERE):
+        found = _load(path, items, talk)
+        if found is None:
             _make_folder(root)
             with _alone(root / f".lock-{key}", talk):
                 found = _load(path, items, talk)  # another process may have made it meanwhile

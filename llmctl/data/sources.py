@@ -111,7 +111,7 @@ def _in_folder(folder: Path) -> list[Path]:
     found = []
     with reading(folder):
         for above, folders, names in os.walk(folder, onerror=refuse):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = [name for name in folders if not name.startswith(".")]
             found += [Path(above) / name for name in names if not name.startswith(".")]
     found = sorted(file for file in found if file_format(file) is not None and file.is_file())
     if not found:

@@ -9,9 +9,10 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llmctl.errors import UserError
+from llmctl.locate import locate
 
 TOKENIZER = "tokenizer.json"
-HUB_SECONDS = 10  # how long to wait for the hub's first word
+FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # of a repository on the hub
 
 # Parts of tokenizer.json that a call may change on the way (padding=True); not part of its identity.
 FLEETING = ("truncation", "padding")
@@ -28,13 +29,9 @@ def load_tokenizer(where: str) -> PreTrainedTokenizerFast:
     """
     if not where:
         raise UserError("no tokenizer is named", "name a folder with a tokenizer, or a hub id")
-    path = Path(where).expanduser()
-    if path.exists():
-        _check_folder(path)
-        return _open(str(path), path / TOKENIZER)
-    if path.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1:
-        raise UserError(f"{where}: no such folder", "name a folder with a tokenizer, or a hub id")
-    return _open(where, None, cached_only=not _on_hub(where))
+    path = locate(where, FILES, "tokenizer")
+    _check_folder(path)
+    return _open(path)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -77,8 +74,6 @@ def encode_batch(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[l
 
 
 def _check_folder(path: Path) -> None:
-    if not path.is_dir():
-        raise UserError(f"{path}: is a file, but a tokenizer is a folder", "name the folder it lies in")
     file = path / TOKENIZER
     if not file.is_file():
         raise UserError(
@@ -106,49 +101,17 @@ def _check_json(file: Path) -> None:
 _DAMAGED = "the file is damaged; copy or train the tokenizer again"
 
 
-def _open(where: str, file: Path | None, cached_only: bool = False) -> PreTrainedTokenizerFast:
+def _open(path: Path) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=cached_only or file is not None)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the library raises whatever its parsers raise, plain Exception included
-        if cached_only:
-            raise UserError(
-                f"{where}: not a folder here, and the hub cannot be reached",
-                "check the spelling and the network, or name a folder",
-            ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{file or where}: the tokenizer cannot be read: {first.rstrip('.')}", _DAMAGED
+            f"{path / TOKENIZER}: the tokenizer cannot be read: {first.rstrip('.')}", _DAMAGED
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
-            f"{where}: has only a slow tokenizer ({type(tokenizer).__name__})",
+            f"{path}: has only a slow tokenizer ({type(tokenizer).__name__})",
             f"convert it to {TOKENIZER} first",
         )
     return tokenizer
-
-
-def _on_hub(name: str) -> bool:
-    """Whether the hub says it has `name`; False if it cannot be reached (a cached copy may do).
-
-    The library itself would retry for most of a minute before it gives up.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
-    try:
-        HfApi().model_info(name, timeout=HUB_SECONDS)
-    except HFValidationError:
-        raise UserError(f"{name}: no such folder", "name a folder with a tokenizer, or a hub id") from None
-    except GatedRepoError:
-        raise UserError(
-            f"{name}: the hub gives it only to those who accepted its terms",
-            "accept them on its page, then log in with `hf auth login`",
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{name}: neither a folder here nor a model on the hub",
-            "check the spelling; a private model needs `hf auth login`",
-        ) from None
-    except Exception:  # no network shows as one of many errors of many libraries
-        return False
-    return True
