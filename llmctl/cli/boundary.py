@@ -67,7 +67,8 @@ def guard(action: Callable[[], object], args: list[str], command: str) -> int:
 
 def report(error: UserError) -> None:
     """Write a user error to stderr: one line, and one more for the hint."""
-    _tell(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error.message}")
+    # an interruption was asked for: its message says what happened, and nothing is wrong
+    _tell(error.message if isinstance(error, Interrupted) else f"error: {error.message}")
     if error.hint:
         _tell(f"hint: {error.hint}")
 

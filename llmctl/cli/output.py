@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+SIZES = ("memory_bytes", "disk_bytes")
 NARROWEST = 20  # columns; a text is not broken into less
 
 
@@ -55,7 +56,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 def print_listing(values: dict[str, Any], indent: int = 0, in_bytes: bool = False) -> None:
     """`key  value` lines; a section within is set in by two spaces, a list has a line per entry.
 
-    What is called `…_bytes`, or lies in such a section (`in_bytes`), is shown as a size.
+    What is named in `SIZES`, or lies in a section that is (`in_bytes`), is shown as 1.5 GiB; other
+    counts of bytes are results and stay exact.
     """
     values = {key: None if value in ({}, []) else value for key, value in values.items()}
     plain = [key for key, value in values.items() if not isinstance(value, (dict, list))]
@@ -64,14 +66,14 @@ def print_listing(values: dict[str, Any], indent: int = 0, in_bytes: bool = Fals
     for key, value in values.items():
         if isinstance(value, dict):
             print(f"{margin}{key}")
-            print_listing(value, indent + 2, key.endswith("_bytes"))
+            print_listing(value, indent + 2, key in SIZES)
         elif isinstance(value, list):
             print(f"{margin}{key}")
             for entry in value:
                 text = "  ".join(figure(v) for v in entry.values()) if isinstance(entry, dict) else entry
                 print(f"{margin}  {figure(text)}")
         else:
-            sized = isinstance(value, (int, float)) and (in_bytes or key.endswith("_bytes"))
+            sized = isinstance(value, (int, float)) and (in_bytes or key in SIZES)
             text = size(value) if sized else figure(value)
             print(f"{margin}{key}{' ' * (wide - cell_width(key))}  {text}")
 

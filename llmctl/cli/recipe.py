@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -54,7 +56,8 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", hidden=True)], as_j
     if as_json:
         print_json(recipe.model_dump(mode="json"))
     else:
-        print(annotated(recipe), end="")
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print(annotated(recipe, columns), end="")
 
 
 def check(files: Annotated[list[str], typer.Argument(metavar="FILE", hidden=True)]) -> None:

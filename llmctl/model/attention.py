@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.kernels.attention import attend
+from llmctl.kernels.rowwise import rotate
 from llmctl.model.context import Context
 from llmctl.model.norms import NORMS
 from llmctl.model.patterns import PATTERNS
-from llmctl.model.positions import rotate
 from llmctl.model.state import DenseState, KeyValueState
 from llmctl.recipe.model import ModelSection
 
@@ -49,7 +49,8 @@ class GroupedQueryAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if ctx.rotary is not None:
-            q, k = rotate(q, ctx.rotary).to(_kept(q)), rotate(k, ctx.rotary).to(_kept(k))
+            cos, sin = (table[:, None] for table in ctx.rotary)
+            q, k = rotate(q, cos, sin).to(_kept(q)), rotate(k, cos, sin).to(_kept(k))
         if state is not None:
             k, v = state.append(k, v)
         out_BHTD = attend(q, k, v, ctx.visible(self.pattern))

@@ -1,6 +1,6 @@
 """How positions enter the model: here, by turning queries and keys (rotary embedding).
 
-Shape legend: B rows, H heads, T tokens, D head width.
+Shape legend: B rows, T tokens, D head width.
 """
 
 from __future__ import annotations
@@ -54,13 +54,6 @@ def rotary_tables(model: ModelSection, position_BT: Tensor) -> tuple[Tensor, Ten
     frequencies = ROPE_TYPES[rope.rope_type](rope, model.head_dim, position_BT.device)
     angles = position_BT[..., None].float() * frequencies
     return angles.cos(), angles.sin()
-
-
-def rotate(x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn channel pairs (i, i + D/2) by the angle of their token, in float32 or better."""
-    cos, sin = (table[:, None] for table in rotary)
-    left, right = x_BHTD.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
 
 POSITIONS: dict[str, Callable[[ModelSection, Tensor], tuple[Tensor, Tensor]]] = {"rope": rotary_tables}

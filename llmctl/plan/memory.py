@@ -8,7 +8,7 @@ from llmctl.recipe.model import ModelSection
 WEIGHT = GRADIENT = 4  # bytes, float32
 MOMENTS = 8  # AdamW's two, float32
 LIBRARIES = 450 << 20  # resident size of torch and transformers after import
-HEAD_SLICE = 1024  # tokens whose logits exist at once (kernels/cross_entropy.py)
+HEAD_SLICE = 256  # tokens whose logits exist at once (kernels/cross_entropy.py)
 
 
 def training_bytes(

@@ -276,7 +276,7 @@ ENDS: list[tuple[BaseException, int, str]] = [
     (
         Interrupted("stopped at step 5", "add --resume"),
         130,
-        "interrupted: stopped at step 5\nhint: add --resume\n",
+        "stopped at step 5\nhint: add --resume\n",
     ),
     (KeyboardInterrupt(), 130, "interrupted\n"),
     # one line stays one line, and a terminal's control codes do not pass

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llmctl.recipe.annotate import annotated
 from llmctl.recipe.load import check_file
 from llmctl.recipe.schema import RECIPES
 from llmctl.recipe.shipped import shipped_recipes
@@ -51,6 +52,16 @@ def test_show_keeps_odd_values(llmctl_: Program) -> None:
     Path("shown.yaml").write_text(llmctl_("recipe", "show", "odd.yaml").out, encoding="utf-8")
     assert check_file(Path("shown.yaml")) == check_file(Path("odd.yaml"))
     assert json.loads(llmctl_("recipe", "show", "odd.yaml", "--json").out)["out"] == "a: b # c"
+
+
+def test_comments_are_broken_to_fit_a_terminal(tmp_path: Path) -> None:
+    recipe = check_file(shipped_recipes()["pretrain-5m"])
+    text = annotated(recipe, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    (tmp_path / "shown.yaml").write_text(text, encoding="utf-8")
+    assert check_file(tmp_path / "shown.yaml") == recipe
+    assert text.split() != annotated(recipe).split(), "nothing was broken, so nothing was tested"
+    assert annotated(recipe, 40) == annotated(recipe)
 
 
 def test_check_tells_every_file(llmctl_: Program) -> None:

@@ -22,7 +22,13 @@ from llmctl.plan.size import flops_per_token, kv_cache_bytes, parameters, total_
 from llmctl.recipe import model as vocabulary
 from llmctl.recipe.model import ModelSection
 
-SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 WINDOW = 6
 # every entry of every table at least once, and the combinations that share code
 VARIANTS = {
@@ -121,7 +127,10 @@ def test_engine_stops_at_a_stop_id(model):
     prompt = ids(1, 5)[0].tolist()
     tokens = list(generate(model, prompt, 10, lambda logits: logits.argmax(-1)))
     stop = tokens[3]
-    assert list(generate(model, prompt, 10, lambda l: l.argmax(-1), {stop})) == tokens[: tokens.index(stop) + 1]
+    assert (
+        list(generate(model, prompt, 10, lambda logits: logits.argmax(-1), {stop}))
+        == tokens[: tokens.index(stop) + 1]
+    )
 
 
 def test_save_load_is_exact(model, tmp_path):
@@ -187,7 +196,11 @@ def test_gradient_checkpointing_changes_nothing(model, cached):
 def test_lora_reaches_every_linear_leaf(model):
     wanted = {leaf.name for leaf in leaves(model) if leaf.kind == "linear"}
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
-    found = {name.split("base_model.model.")[1] for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
+    found = {
+        name.split("base_model.model.")[1]
+        for name, module in adapted.named_modules()
+        if hasattr(module, "lora_A")
+    }
     assert found == wanted and len(wanted) == 14
 
 
@@ -244,7 +257,9 @@ def test_contexts_agree_with_the_definition(name):
         elif seen.path == "causal":
             assert torch.equal(truth, torch.ones(1, T, S, dtype=torch.bool).tril())
         elif seen.path == "spans":
-            number = torch.repeat_interleave(torch.arange(len(seen.spans)), torch.tensor(seen.spans)).view(-1, T)
+            number = torch.repeat_interleave(torch.arange(len(seen.spans)), torch.tensor(seen.spans)).view(
+                -1, T
+            )
             same = (number[:, :, None] == number[:, None]) & torch.ones(T, T, dtype=torch.bool).tril()
             assert torch.equal(truth, same)
         else:

@@ -25,7 +25,9 @@ from llmctl.train.checkpoint import checkpoints
 from llmctl.train.loop import DIVERGED, Job, every, total_steps, train
 from llmctl.train.losses import LOSSES, causal_lm, trained_tokens
 
-SPEC = ModelSection(vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+SPEC = ModelSection(
+    vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+)
 LENGTH = 24
 FLOAT = Compute(torch.device("cpu"), torch.float32)
 
@@ -44,7 +46,14 @@ def batches(batch_size: int = 4, accumulation: int = 1, packing: bool = True) ->
     pieces = cut(starts, LENGTH, "split")
     rows = pack(pieces.length, LENGTH) if packing else unpacked(len(pieces))
     return Batches(
-        ids, pieces, rows, max_length=LENGTH, batch_size=batch_size, accumulation=accumulation, seed=0, pad_id=0
+        ids,
+        pieces,
+        rows,
+        max_length=LENGTH,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        seed=0,
+        pad_id=0,
     )
 
 
@@ -164,7 +173,15 @@ def test_packing_changes_no_documents_loss():
         found = np.zeros(len(pieces))
         for number in range(len(rows)):
             batch = Batches(
-                ids, pieces, rows, max_length=LENGTH, batch_size=1, accumulation=1, seed=0, pad_id=0, shuffle=False
+                ids,
+                pieces,
+                rows,
+                max_length=LENGTH,
+                batch_size=1,
+                accumulation=1,
+                seed=0,
+                pad_id=0,
+                shuffle=False,
             ).step(number)[0]
             logits = model(batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
             nats = torch.nn.functional.cross_entropy(logits[:-1], batch["labels"][0, 1:], reduction="none")
@@ -247,7 +264,12 @@ def test_a_metrics_line_cut_short_by_a_crash_is_dropped(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "per_epoch", "steps"),
-    [({"max_steps": 7}, 100, 7), ({}, 100, 100), ({"num_train_epochs": 2.5}, 3, 8), ({"num_train_epochs": 0.1}, 2, 1)],
+    [
+        ({"max_steps": 7}, 100, 7),
+        ({}, 100, 100),
+        ({"num_train_epochs": 2.5}, 3, 8),
+        ({"num_train_epochs": 0.1}, 2, 1),
+    ],
 )
 def test_total_steps(settings, per_epoch, steps):
     assert total_steps(TrainSection(**settings), per_epoch) == steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import get_args
 
@@ -34,7 +35,7 @@ def test_schedule_warms_up_peaks_and_ends(kind):
     assert max(values) == pytest.approx(PEAK)
     assert values[-1] == pytest.approx(PEAK if kind == "constant" else PEAK * FLOOR)
     after = values[20:]
-    assert all(a >= b - 1e-12 for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(after))
 
 
 def test_cosine_follows_transformers():
