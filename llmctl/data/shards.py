@@ -29,7 +29,7 @@ import numpy as np
 from llmctl.data.builtin import BUILTIN
 from llmctl.data.document import Account, Document
 from llmctl.data.readers import documents
-from llmctl.data.sources import BUILTIN_PREFIX, file_format, reading, resolve
+from llmctl.data.sources import BUILTIN_PREFIX, file_format, reading, resolve, total_bytes
 from llmctl.errors import UserError
 from llmctl.files import CHUNK, disk_errors, file_hash, folder_atomic, write_json
 from llmctl.talk import Bar, Talk
@@ -165,10 +165,8 @@ def _refuse_changed(before: dict[Path, tuple[int, int]], after: dict[Path, tuple
 
 
 def _megabytes(items: list[Path | str]) -> float | None:
-    """How much there is to read; None where a builtin does not know beforehand."""
-    if any(isinstance(item, str) for item in items):
-        return None
-    return sum(size for size, _ in _stamps(items).values()) / MEGABYTE
+    size = total_bytes(items)
+    return None if size is None else size / MEGABYTE
 
 
 def _key(items: list[Path | str], text_field: str, encoder: Encoder, talk: Talk) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from llmctl.data.readers import Account, documents, resolve
+from llmctl.data.readers import Account, documents
+from llmctl.data.sources import total_bytes
 from llmctl.errors import UsageError
 from llmctl.files import disk_errors, sync_file
 from llmctl.recipe.load import dump_recipe
@@ -116,9 +117,10 @@ class _Stream:
     def texts(self) -> Iterator[str]:
         """Every text once, with progress in megabytes of input."""
         data = self.recipe.data
+        size = total_bytes(data.train)
         kept = 0
         done = 0
-        with self.talk.bar("reading", _megabytes(data.train), "MB") as bar:
+        with self.talk.bar("reading", size and size / MB, "MB") as bar:
             for document in documents(data.train, data.text_field, self.account):
                 raw = document.text.encode()
                 self.bytes += len(raw)
@@ -132,13 +134,6 @@ class _Stream:
                 bar.advance((now - done) / MB)
                 done = now
         self.talk.say(f"read {self.bytes / MB:,.1f} MB of text; learning the vocabulary")
-
-
-def _megabytes(sources: list[str]) -> float | None:
-    """Size of the input on the disk; None where a builtin makes it."""
-    found = resolve(sources)
-    files = [item for item in found if isinstance(item, Path)]
-    return sum(file.stat().st_size for file in files) / MB if len(files) == len(found) else None
 
 
 @contextlib.contextmanager

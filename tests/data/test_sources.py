@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmctl.data import builtin
+from llmctl.data import builtin, sources
 from llmctl.data.readers import Account, documents, resolve
 from llmctl.errors import UserError
 
@@ -113,3 +113,10 @@ def test_a_library_file_that_cannot_be_read_is_counted(monkeypatch, tmp_path):
     account = Account()
     assert [d.text for d in documents(["builtin:pydoc"], "text", account)][-1] == "x = 1\n"
     assert account.dropped == {"a source file that cannot be read": [str(tmp_path / "b.py")]}
+
+
+def test_total_bytes_counts_files_and_not_builtins(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x" * 10)
+    (tmp_path / "b.jsonl").write_bytes(b"y" * 7)
+    assert sources.total_bytes([tmp_path]) == 17
+    assert sources.total_bytes([tmp_path, "builtin:tinyworld"]) is None

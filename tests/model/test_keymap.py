@@ -1,0 +1,76 @@
+"""Rules between disk and core, both ways, on the shapes real families need."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmctl.model.keymap import Rename, Rule, Split, Stack, load_one, to_core, to_disk
+
+E, V = 4, 7
+
+
+def gpt2_like() -> tuple[dict[str, torch.Tensor], tuple[Rule, ...]]:
+    """Fused, transposed projections, as GPT-2's Conv1D stores them."""
+    disk = {"wte.weight": torch.randn(V, E)}
+    for layer in range(2):
+        disk[f"h.{layer}.attn.c_attn.weight"] = torch.randn(E, 3 * E)
+        disk[f"h.{layer}.attn.c_attn.bias"] = torch.randn(3 * E)
+        disk[f"h.{layer}.mlp.c_fc.weight"] = torch.randn(E, 2 * E)
+    parts = tuple(f"layers.{{i}}.{name}_proj" for name in "qkv")
+    return disk, (
+        Rename("wte.weight", "embed.weight"),
+        Split("h.{i}.attn.c_attn.weight", tuple(f"{p}.weight" for p in parts), dim=1, transpose=True),
+        Split("h.{i}.attn.c_attn.bias", tuple(f"{p}.bias" for p in parts)),
+        Rename("h.{i}.mlp.c_fc.weight", "layers.{i}.up.weight", transpose=True),
+    )
+
+
+def grouped_like() -> tuple[dict[str, torch.Tensor], tuple[Rule, ...]]:
+    """One matrix for queries, keys and values of unequal width, as in Phi-3."""
+    disk = {"layers.0.qkv.weight": torch.randn(8 + 2 + 2, E)}
+    names = tuple(f"layers.{{i}}.{name}.weight" for name in ("q", "k", "v"))
+    return disk, (Split("layers.{i}.qkv.weight", names, sizes=(8, 2, 2)),)
+
+
+def experts_like() -> tuple[dict[str, torch.Tensor], tuple[Rule, ...]]:
+    """One tensor an expert on disk, stacked in the core, as in Mixtral."""
+    disk = {f"layers.{i}.experts.{e}.w1.weight": torch.randn(3, E) for i in range(2) for e in range(12)}
+    disk["norm.weight"] = torch.randn(E)
+    return disk, (Stack("layers.{i}.experts.{e}.w1.weight", "layers.{i}.experts.up", count=12),)
+
+
+CASES = {"gpt2": gpt2_like, "grouped": grouped_like, "experts": experts_like}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_there_and_back_is_exact(name):
+    disk, rules = CASES[name]()
+    plan = to_core(list(disk), rules)
+    core = {name: load_one(source, disk.__getitem__) for name, source in plan.items()}
+    back = to_disk(core, rules)
+    assert back.keys() == disk.keys()
+    assert all(torch.equal(back[key], disk[key]) and back[key].is_contiguous() for key in disk)
+
+
+def test_split_and_transpose_put_the_right_numbers_in_place():
+    disk, rules = gpt2_like()
+    plan = to_core(list(disk), rules)
+    fused = disk["h.1.attn.c_attn.weight"]
+    x = torch.randn(5, E)
+    for index, name in enumerate("qkv"):
+        weight = load_one(plan[f"layers.1.{name}_proj.weight"], disk.__getitem__)
+        expected = (x @ fused)[:, index * E : (index + 1) * E]
+        torch.testing.assert_close(torch.nn.functional.linear(x, weight), expected)
+
+
+def test_stack_orders_experts_by_number_not_by_text():
+    disk, rules = experts_like()
+    plan = to_core(sorted(disk), rules)
+    stacked = load_one(plan["layers.1.experts.up"], disk.__getitem__)
+    assert stacked.shape == (12, 3, E)
+    assert torch.equal(stacked[10], disk["layers.1.experts.10.w1.weight"])
+
+
+def test_names_without_a_rule_stay():
+    assert set(to_core(["a.weight", "b.0.c"], (Rename("x.{i}", "y.{i}"),))) == {"a.weight", "b.0.c"}
