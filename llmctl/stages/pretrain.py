@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -12,14 +13,16 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from llmctl.errors import UserError
-from llmctl.files import folder_atomic, sync_folder
+from llmctl.files import folder_atomic, sync_folder, write_atomic
 from llmctl.kernels.device import Compute, pick_compute
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.checkpoint import load_model, load_weights, new_model, save_model
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.model import ModelSection
-from llmctl.recipe.schema import PretrainRecipe
-from llmctl.runs import MANIFEST, Run, RunResult, check_out, default_out, read_manifest
+from llmctl.recipe.schema import GenerateSection, PretrainRecipe
+from llmctl.report import report_html
+from llmctl.runs import MANIFEST, METRICS, Run, RunResult, check_out, default_out, read_manifest
+from llmctl.stages.generate import continue_ids, prompt_ids
 from llmctl.stages.plan import plan_pretraining
 from llmctl.stages.text import (
     TextRows,
@@ -32,7 +35,7 @@ from llmctl.stages.text import (
     token_ids,
     training_batches,
 )
-from llmctl.talk import Talk
+from llmctl.talk import SILENT, Talk
 from llmctl.tokenizer.load import fingerprint, load_tokenizer
 from llmctl.tokenizer.template import stop_ids, template_hash
 from llmctl.train.checkpoint import checkpoints
@@ -40,6 +43,8 @@ from llmctl.train.loop import Job, train
 from llmctl.train.losses import LOSSES
 
 STAGE = "pretrain"
+REPORT = "report.html"
+SAMPLES, SAMPLE_TOKENS = 3, 80  # in the report
 FINAL = "final"  # the finished model, built beside the run's other files and then moved up
 
 
@@ -98,6 +103,7 @@ def run(recipe: PretrainRecipe, talk: Talk, *, resume: bool = False, dry_run: bo
         job = _job(recipe, inputs, model, train_rows, eval_rows, out)
         metrics = train(job, talk)
         _install(model, inputs.tokenizer, out)
+        write_atomic(out / REPORT, _report(out, model, inputs.tokenizer, metrics))
         opened.finish(metrics)
     return RunResult(out, metrics)
 
@@ -180,6 +186,20 @@ def _install(model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast, out: 
         os.replace(file, out / file.name)
     shutil.rmtree(out / FINAL)
     sync_folder(out)
+
+
+def _report(
+    out: Path, model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast, metrics: dict[str, Any]
+) -> str:
+    """report.html: the curves, and what the model says when it begins from nothing."""
+    model.eval()
+    ids = prompt_ids(tokenizer, "", False, str(out)) if tokenizer.bos_token_id is not None else []
+    samples = []
+    for seed in range(SAMPLES if ids else 0):
+        settings = GenerateSection(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_p=0.95, seed=seed)
+        samples.append(("", continue_ids(model, tokenizer, ids, settings, SILENT, None)["text"]))
+    rows = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
+    return report_html(f"{STAGE} {out.name}", rows, metrics, samples)
 
 
 def _finished(out: Path) -> dict[str, Any] | None:
