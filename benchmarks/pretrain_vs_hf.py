@@ -13,9 +13,6 @@ Prints tokens per second of each round, medians, and the ratios. Run it on a qui
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from timing import interleaved, options, ratio, report, summary
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from llmctl.data.batches import Batches
@@ -66,11 +64,15 @@ def batches(rows_per_batch: int) -> Batches:
 
 
 def llmctl_way(data: Batches, steps: int, device: str) -> float:
-    settings = TrainSection(max_steps=steps, save_steps=10**6, logging_steps=10**6, threads=torch.get_num_threads())
+    settings = TrainSection(
+        max_steps=steps, save_steps=10**6, logging_steps=10**6, threads=torch.get_num_threads()
+    )
     compute = pick_compute(device, "auto")
     model = new_model(SPEC, 0).to(compute.device)
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(model, data, LOSSES["causal_lm"], settings, compute, Path(folder), lambda _: None, lambda _: None)
+        job = Job(
+            model, data, LOSSES["causal_lm"], settings, compute, Path(folder), lambda _: None, lambda _: None
+        )
         started = time.perf_counter()
         train(job, SILENT)
         return time.perf_counter() - started
@@ -90,7 +92,9 @@ def bare_way(data: Batches, steps: int, device: str) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     started = time.perf_counter()
     for step in range(steps):
-        batch = {name: value.to(device) for name, value in data.step(step)[0].items() if name != "position_ids"}
+        batch = {
+            name: value.to(device) for name, value in data.step(step)[0].items() if name != "position_ids"
+        }
         with torch.autocast(device, dtype=torch.bfloat16):
             loss = model(**batch, use_cache=False).loss
         loss.backward()
@@ -129,32 +133,22 @@ WAYS: dict[str, Callable[[Batches, int, str], float]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = options(__doc__, rounds=5)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     data = batches(given.rows)
     tokens = given.rows * LENGTH * given.steps
-    speeds: dict[str, list[float]] = {name: [] for name in WAYS}
     for way in WAYS.values():
         way(data, 1, given.device)  # warm-up
-    for number in range(given.rounds):
-        for name, way in WAYS.items():
-            speeds[name].append(tokens / way(data, given.steps, given.device))
-        print(f"round {number + 1}: " + "  ".join(f"{n} {s[-1]:,.0f}" for n, s in speeds.items()), flush=True)
-    result = {
-        name: {"median": statistics.median(s), "min": min(s), "max": max(s)} for name, s in speeds.items()
+    sides = {
+        name: (lambda way=way: tokens / way(data, given.steps, given.device)) for name, way in WAYS.items()
     }
-    for other in ("bare", "trainer"):
-        ratios = [a / b for a, b in zip(speeds["llmctl"], speeds[other], strict=True)]
-        result[f"llmctl/{other}"] = {
-            "median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)
-        }  # fmt: skip
-    print(json.dumps(result, indent=2, default=float))
+    speeds = interleaved(sides, given.rounds, show=",.0f")
+    ratios = {f"llmctl/{other}": ratio(speeds["llmctl"], speeds[other]) for other in ("bare", "trainer")}
+    report({**{name: summary(s) for name, s in speeds.items()}, **ratios})
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def load_model(
             safetensors or was cut short, tensors that are missing, unexpected or of another shape.
     """
     folder = locate(str(where), FILES)
-    config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = _config_in(folder)
     name = config.spec.family
     model = _empty(config)
     with ExitStack() as stack:
@@ -65,6 +65,11 @@ def load_model(
     model.tie_weights()
     model.generation_config = _generation_config(folder, config)
     return model.eval()
+
+
+def load_config(where: str | Path) -> LlmctlConfig:
+    """The config of a model, without its weights. Raises UserError as `load_model` does."""
+    return _config_in(locate(str(where), FILES))
 
 
 @torch.no_grad()
@@ -86,6 +91,10 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _config_in(folder: Path) -> LlmctlConfig:
+    return read_config(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def _empty(config: LlmctlConfig) -> LlmctlForCausalLM:

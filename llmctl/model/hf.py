@@ -6,12 +6,14 @@ call, and nothing else.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -234,3 +236,12 @@ class LlmctlForCausalLM(LlmctlPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )
+
+
+def recompute_activations(model: LlmctlForCausalLM) -> None:
+    """Keep only block inputs in the forward pass and compute the rest again in the backward pass.
+
+    What `gradient_checkpointing_enable` does, whose name changes between versions of transformers.
+    """
+    model.model.gradient_checkpointing = True
+    model.model._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

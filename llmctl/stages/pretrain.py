@@ -15,8 +15,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from llmctl.errors import UserError
 from llmctl.files import folder_atomic, sync_folder, write_atomic
 from llmctl.kernels.device import Compute, pick_compute
-from llmctl.model import LlmctlForCausalLM
-from llmctl.model.checkpoint import load_model, load_weights, new_model, save_model
+from llmctl.model import LlmctlForCausalLM, recompute_activations
+from llmctl.model.checkpoint import load_config, load_model, load_weights, new_model, save_model
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.schema import GenerateSection, PretrainRecipe
@@ -118,7 +118,7 @@ def prepare(recipe: PretrainRecipe) -> Inputs:
         raise UserError("no tokenizer", "name one with --tokenizer; `llmctl tokenizer train` makes it")
     tokenizer = load_tokenizer(source)
     if recipe.base is not None:
-        spec = load_model(recipe.base).config.spec
+        spec = load_config(recipe.base).spec
         refuse_mismatch(tokenizer, spec.vocab_size or 0, source)
         _refuse_other_tokenizer(recipe, tokenizer)
     else:
@@ -145,7 +145,7 @@ def build_model(recipe: PretrainRecipe, inputs: Inputs) -> LlmctlForCausalLM:
         model = new_model(inputs.spec, recipe.train.seed, **ids)
         model.generation_config = GenerationConfig(**ids)
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        recompute_activations(model)
     return model.to(inputs.compute.device)
 
 

@@ -160,3 +160,24 @@ def score_rows(
     )
     special = frozenset(tokenizer.all_special_ids)
     return score(model, batches, text.bytes(max_rows), special, compute)
+
+
+def completion_pairs(
+    tokenizer: PreTrainedTokenizerFast, texts: list[tuple[str, str]]
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt, completion) texts as ids, the prompt after BOS.
+
+    Both are encoded together and cut where the prompt's own ids end, so the completion is tokenized
+    as it would be in running text.
+
+    Raises ValueError if a prompt's last token would swallow the beginning of its completion.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    prompts = encode_batch(tokenizer, [prompt for prompt, _ in texts])
+    wholes = encode_batch(tokenizer, [prompt + completion for prompt, completion in texts])
+    pairs = []
+    for (prompt, _), before, whole in zip(texts, prompts, wholes, strict=True):
+        if whole[: len(before)] != before:
+            raise ValueError(f"the prompt {prompt!r} does not end at a token of the whole")
+        pairs.append((bos + before, whole[len(before) :]))
+    return pairs
