@@ -48,7 +48,7 @@ def disk_errors(path: Path, elsewhere: str = "choose another folder with --out")
 def _full(path: Path) -> UserError:
     return UserError(
         f"{path}: the disk is full",
-        "free some space and run the same command with --resume; what was saved is intact",
+        "free some space and run the same command again; a run that had begun goes on with --resume",
     )
 
 
@@ -152,8 +152,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path.parent}: not a model folder (no {path.name})", "see `llmctl runs list`"
         ) from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, not a file", "copy or download the model again") from None
     except PermissionError:
-        raise UserError(f"{path}: no permission to read it") from None
+        raise UserError(f"{path}: no permission to read", "ask its owner, or copy the folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})", "copy or download the model again") from None
     if not isinstance(value, dict):

@@ -84,16 +84,22 @@ def default_out(stage: str) -> Path:
     return RUNS / f"{stage}-{number:03d}"
 
 
-def check_out(path: Path, resume: bool = False) -> None:
-    """Refuse, before any work, an output folder that cannot or should not be written."""
+def check_out(path: Path, resume: bool = False, *, resumable: bool = True) -> None:
+    """Refuse, before any work, an output folder that cannot or should not be written.
+
+    Args:
+        resume: the folder may hold a run, which goes on; nothing else that lies there is overwritten.
+        resumable: whether the command has --resume, for the hint.
+    """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, but --out names a folder", "choose another name")
     with disk_errors(path):
         occupied = path.is_dir() and any(path.iterdir())
     if occupied and not resume:
-        raise UserError(
-            f"{path}: the folder is not empty", "choose another --out, or add --resume to go on with it"
-        )
+        go_on = ", or add --resume to go on with it" if resumable else ""
+        raise UserError(f"{path}: the folder is not empty", f"choose another --out{go_on}")
+    if occupied and not _began_as_run(path):
+        raise UserError(f"{path}: not a run, so there is nothing to resume", "choose another --out")
     above = path
     while not above.exists():
         above = above.parent
@@ -101,6 +107,12 @@ def check_out(path: Path, resume: bool = False) -> None:
         raise UserError(f"{above}: is a file, so {path} cannot be made", "choose another --out")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{above}: no permission to write", "choose another folder with --out")
+
+
+def _began_as_run(path: Path) -> bool:
+    """Whether a folder is a run, or what is left of one that was killed before its manifest was written."""
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".tmp-")}
+    return MANIFEST in names or names <= {LOCK, RECIPE}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -267,7 +279,7 @@ class Run:
 
         Raises:
             UserError: the folder is not empty, not writable, of another stage, or in use; or the
-                recipe differs from the one the run was started with.
+                recipe, the data or a parent differs from the one the run was started with.
         """
         check_out(path, resume)
         lock = Lock(path)
@@ -277,6 +289,7 @@ class Run:
             if resume and (path / MANIFEST).is_file():
                 manifest = read_manifest(path)
                 _same_recipe(stage, path, manifest, recipe_text)
+                _same_inputs(path, manifest, fields)
                 manifest["resumed"] = [*manifest.get("resumed", []), _now()]
             manifest |= {
                 "status": "running",
@@ -356,6 +369,23 @@ def _same_recipe(stage: str, path: Path, manifest: dict[str, Any], recipe_text: 
                 f"{path}: {key} was {old.get(key)!r} when the run began, and is {new.get(key)!r} now",
                 "resume with the same recipe, or start a new run with another --out",
             )
+
+
+def _same_inputs(path: Path, manifest: dict[str, Any], fields: dict[str, Any]) -> None:
+    now = _inputs(fields)
+    for name, was in _inputs(manifest).items():
+        if now.get(name, was) != was:
+            raise UserError(
+                f"{path}: the {name} is not what it was when the run began",
+                "put it back, or start a new run with another --out",
+            )
+
+
+def _inputs(entries: dict[str, Any]) -> dict[str, str]:
+    """What a run is made from, by content: parents by role, data by use."""
+    found = {parent["role"]: parent["hash"] for parent in entries.get("parents", [])}
+    uses = entries.get("data", {}).items()
+    return found | {f"{use} data": about["fingerprint"] for use, about in uses if "fingerprint" in about}
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -53,13 +53,13 @@ DISK = [
     (
         OSError(errno.EDQUOT, "quota"),
         "out: the disk is full",
-        "free some space and run the same command with --resume; what was saved is intact",
+        "free some space and run the same command again; a run that had begun goes on with --resume",
     ),
     # libraries have errors of their own for the same thing
     (
         RuntimeError("I/O error: No space left on device (os error 28)"),
         "out: the disk is full",
-        "free some space and run the same command with --resume; what was saved is intact",
+        "free some space and run the same command again; a run that had begun goes on with --resume",
     ),
 ]
 

@@ -106,7 +106,18 @@ def test_check_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full.mkdir()
     check_out(full)
     (full / "x").touch()
-    check_out(full, resume=True)
+    with pytest.raises(UserError) as caught:
+        check_out(full, resume=True)
+    assert caught.value.message == f"{full}: not a run, so there is nothing to resume"
+    assert caught.value.hint == "choose another --out"
+    with pytest.raises(UserError) as caught:
+        check_out(full, resumable=False)
+    assert caught.value.hint == "choose another --out"
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (".tmp-run.json-x", "run.lock", "recipe.yaml", "run.json", "model.safetensors"):
+        (run / name).touch()  # each of these is a state that a killed process may leave
+        check_out(run, resume=True)
     wrong = {
         file: (f"{file}: is a file, but --out names a folder", "choose another name"),
         file / "b": (f"{file}: is a file, so {file / 'b'} cannot be made", "choose another --out"),

@@ -271,6 +271,12 @@ def _without_bom(path: Path, first: bytes) -> bytes:
                 f"{path}: the file is {name}, not UTF-8 (byte order mark at offset 0)",
                 f"convert it: iconv -f {name} -t UTF-8 {path.name} > utf8-{path.name}",
             )
+    nulls = first.count(0)
+    if nulls > len(first) // 4:  # every other byte of western text in UTF-16
+        raise UserError(
+            f"{path}: the file looks like UTF-16 without a byte order mark (zero byte at offset {first.index(0)})",
+            f"convert it: iconv -f UTF-16LE -t UTF-8 {path.name} > utf8-{path.name}",
+        )
     return first.removeprefix(codecs.BOM_UTF8)
 
 

@@ -51,10 +51,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_compute(device: str, dtype: str) -> Compute:
+def pick_compute(device: str, dtype: str, field: str = "train.dtype") -> Compute:
     """Device and precision by name; `auto` precision is bfloat16 where the hardware multiplies it, else float32.
 
-    Raises UserError for float16 on the CPU, where it is several times slower than float32.
+    `field` is the recipe field that named the precision. Raises UserError for float16 on the CPU,
+    where it is several times slower than float32.
     """
     where = pick_device(device)
     if dtype == "auto":

@@ -116,11 +116,14 @@ def _open_weights(folder: Path, stack: ExitStack) -> dict[str, Any]:
     if not paths[0].is_file():
         if not (folder / INDEX).is_file():
             raise UserError(f"{folder}: no {WEIGHTS}", _hint_for_missing(folder))
-        names = read_json(folder / INDEX).get("weight_map", {}).values()
-        paths = [folder / name for name in sorted(set(names))]
+        names = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise UserError(f"{folder / INDEX}: lists no weights", "copy or download the model again")
+        paths = [folder / str(name) for name in sorted(set(names.values()))]
     tensors: dict[str, Any] = {}
     for path in paths:
         try:
+            path.open("rb").close()  # safetensors calls every refusal of the system "not found"
             file = stack.enter_context(safe_open(path, framework="pt"))
             tensors |= dict.fromkeys(file.keys(), file)
         except FileNotFoundError:
@@ -128,7 +131,7 @@ def _open_weights(folder: Path, stack: ExitStack) -> dict[str, Any]:
                 f"{path}: missing, though {INDEX} lists it", "copy or download it again"
             ) from None
         except PermissionError:
-            raise UserError(f"{path}: no permission to read it") from None
+            raise UserError(f"{path}: no permission to read", "ask its owner, or copy the folder") from None
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{path}: damaged or cut short ({error})",

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import ValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
 from llmctl.errors import UserError, one_of
@@ -143,23 +145,39 @@ def read_config(raw: dict[str, Any], where: str) -> LlmctlConfig:
     """Our config from the contents of a `config.json`.
 
     Raises:
-        UserError: an architecture we have no row for (lists those we have), or one whose config
-            uses something the row cannot express.
+        UserError: an architecture we have no row for (lists those we have), one whose config uses
+            something the row cannot express, or a value that makes no sense.
     """
     name = raw.get("model_type")
-    if name == MODEL_TYPE:
-        return LlmctlConfig(**{key: value for key, value in raw.items() if key != "model_type"})
-    if name not in FAMILIES:
+    if name != MODEL_TYPE and name not in FAMILIES:
         shown = "no model_type" if name is None else f"unsupported architecture `{name}`"
         raise UserError(f"{where}: {shown}", f"supported: {one_of([*FAMILIES, MODEL_TYPE])}")
-    theirs = AutoConfig.for_model(**raw)
     try:
-        fields = {key: getattr(theirs, key) for key in SHARED if getattr(theirs, key, None) is not None}
-        fields |= {"rope_parameters": _read_rope(theirs), "family": name, **FAMILIES[name].read(theirs)}
-        _refuse_extras(theirs)
+        if name == MODEL_TYPE:
+            return LlmctlConfig(**{key: value for key, value in raw.items() if key != "model_type"})
+        return _translated(name, AutoConfig.for_model(**raw))
     except Inexpressible as error:
         raise UserError(f"{where}: {name} config is not supported: {error}", "see docs/model.md") from None
+    # what transformers and pydantic raise for values of the wrong type or size
+    except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError) as error:
+        raise UserError(f"{where}: {_reason(error)}", "copy or download the model again") from error
+
+
+def _translated(name: str, theirs: PreTrainedConfig) -> LlmctlConfig:
+    fields = {key: getattr(theirs, key) for key in SHARED if getattr(theirs, key, None) is not None}
+    fields |= {"rope_parameters": _read_rope(theirs), "family": name, **FAMILIES[name].read(theirs)}
+    _refuse_extras(theirs)
     return LlmctlConfig(**fields, **{key: getattr(theirs, key, None) for key in CARRIED})
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that names the field, as our messages are written."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg'].replace('Input should', 'should')}"
+    said = str(error.args[0] if error.args else error).strip().splitlines()[-1].strip()
+    said = said.removeprefix("TypeError: ").removeprefix("ValueError: ").rstrip(".")
+    return said[:1].lower() + said[1:]
 
 
 def write_config(config: LlmctlConfig) -> tuple[str, dict[str, Any]]:

@@ -92,7 +92,7 @@ WORDS: dict[str, str] = {
     "generate.seed": "seed of the sampler",
     "generate.ignore_eos": "go on past the end token",
     "generate.chat": "render the prompt through the chat template",
-    "generate.dtype": "precision of weights and compute; the checkpoint's own on cuda, float32 on cpu when auto",
+    "generate.dtype": "precision of weights and compute; auto is the checkpoint's own, but float32 for float16 on a CPU",
     # eval
     "eval": "what to measure",
     "eval.data": "files to score",

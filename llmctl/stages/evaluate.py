@@ -8,7 +8,7 @@ from llmctl.data.packing import cut, pack
 from llmctl.data.shards import open_shards
 from llmctl.errors import UserError
 from llmctl.kernels.device import pick_compute
-from llmctl.model.checkpoint import load_model
+from llmctl.model.checkpoint import load_config, load_model
 from llmctl.recipe.schema import CACHE_DIR, EvalRecipe
 from llmctl.stages.text import TextRows, encoder_of, refuse_mismatch, score_rows
 from llmctl.talk import Talk
@@ -27,7 +27,8 @@ def run(recipe: EvalRecipe, talk: Talk) -> dict[str, Any]:
     if not settings.data:
         raise UserError("no data to score", "name files with --data FILE")
     assert recipe.base is not None
-    compute = pick_compute(recipe.device, settings.dtype)
+    compute = pick_compute(recipe.device, settings.dtype, "eval.dtype")
+    load_config(recipe.base)  # a broken config.json would look like a broken tokenizer
     tokenizer = load_tokenizer(recipe.base)
     model = load_model(recipe.base, device=compute.device)
     refuse_mismatch(tokenizer, model.config.vocab_size, recipe.base)

@@ -14,7 +14,7 @@ from llmctl.engine.sampling import sampler
 from llmctl.errors import UserError
 from llmctl.kernels.device import DTYPES, pick_device
 from llmctl.model import LlmctlForCausalLM
-from llmctl.model.checkpoint import load_model
+from llmctl.model.checkpoint import load_config, load_model
 from llmctl.recipe.schema import GenerateRecipe, GenerateSection
 from llmctl.stages.text import refuse_mismatch
 from llmctl.talk import Talk
@@ -36,6 +36,7 @@ def run(
     """
     assert recipe.base is not None
     settings = recipe.generate
+    load_config(recipe.base)  # a broken config.json would look like a broken tokenizer
     tokenizer = load_tokenizer(recipe.base)
     model = load_for_generation(recipe.base, recipe.device, settings.dtype)
     refuse_mismatch(tokenizer, model.config.vocab_size, recipe.base)

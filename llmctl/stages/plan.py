@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from llmctl.data.batches import split_holdout
 from llmctl.data.document import Account, Document
 from llmctl.data.packing import cut, pack, unpacked
 from llmctl.data.readers import documents
@@ -45,6 +46,8 @@ def plan_pretraining(
     extra = sum(token is not None for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     lengths = np.array([len(ids) + extra for ids in encode_batch(tokenizer, texts)], dtype=np.int64)
     pieces = cut(np.concatenate([[0], np.cumsum(lengths)]), max_length, data.overlong)
+    if not data.eval:
+        pieces, _ = split_holdout(pieces, data.eval_fraction, train.seed)
     rows = pack(pieces.length, max_length) if data.packing else unpacked(len(pieces))
     scale = max(1.0, whole / account.input_bytes) if more and whole else 1.0
     total_rows = math.ceil(len(rows) * scale)

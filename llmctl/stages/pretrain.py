@@ -17,6 +17,8 @@ from llmctl.files import folder_atomic, sync_folder, write_atomic
 from llmctl.kernels.device import Compute, pick_compute
 from llmctl.model import LlmctlForCausalLM, recompute_activations
 from llmctl.model.checkpoint import load_config, load_model, load_weights, new_model, save_model
+from llmctl.model.config import LlmctlConfig
+from llmctl.model.families import write_config
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.schema import GenerateSection, PretrainRecipe
@@ -82,10 +84,10 @@ def run(recipe: PretrainRecipe, talk: Talk, *, resume: bool = False, dry_run: bo
         )
     if resume and not checkpoints(out):
         talk.say(f"{out}: no checkpoint to resume from; starting afresh")
+    model = build_model(recipe, inputs)  # before the data, which may take long to tokenize
     train_rows, eval_rows = text_rows(
         recipe.data, inputs.tokenizer, inputs.max_length, recipe.train.seed, talk
     )
-    model = build_model(recipe, inputs)
     talk.say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {inputs.compute}")
     # the folder is no part of what a run is: repeating it elsewhere must be possible
     saved = recipe.model_copy(
@@ -112,19 +114,26 @@ def prepare(recipe: PretrainRecipe) -> Inputs:
     """Load and check everything that is cheap to check. Raises UserError."""
     if not recipe.data.train:
         raise UserError("no data to train on", "name files with --data, or try --data builtin:tinyworld")
+    if recipe.train.dtype == "float16":
+        raise UserError(
+            "train.dtype: float16 needs loss scaling, which this loop does not do", "use bfloat16, float32 or auto"
+        )
     compute = pick_compute(recipe.device, recipe.train.dtype)
     source = recipe.tokenizer or recipe.base
     if source is None:
         raise UserError("no tokenizer", "name one with --tokenizer; `llmctl tokenizer train` makes it")
+    # first, because a broken config.json would look like a broken tokenizer
+    spec = load_config(recipe.base).spec if recipe.base is not None else None
     tokenizer = load_tokenizer(source)
-    if recipe.base is not None:
-        spec = load_config(recipe.base).spec
+    if spec is not None:
         refuse_mismatch(tokenizer, spec.vocab_size or 0, source)
         _refuse_other_tokenizer(recipe, tokenizer)
     else:
         rows = max(len(tokenizer), highest_id(tokenizer) + 1)
         spec = (recipe.model or ModelSection()).resolved(vocab_size=rows)
         refuse_mismatch(tokenizer, spec.vocab_size or 0, source)
+        # a family that cannot express the model would otherwise show at the first save
+        write_config(LlmctlConfig.of(spec))
     length = recipe.data.max_length or spec.max_position_embeddings
     if length > spec.max_position_embeddings:
         raise UserError(
@@ -171,17 +180,22 @@ def _job(
         settings=settings,
         compute=inputs.compute,
         folder=out,
-        save=partial(save_model, model),
+        save=partial(_save_files, model, inputs.tokenizer),
         load=partial(load_weights, model),
         evaluate=evaluate if eval_rows is not None else None,
     )
 
 
+def _save_files(model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Model and tokenizer, so that every checkpoint is a MODEL by itself."""
+    save_model(model, folder)
+    tokenizer.save_pretrained(folder)
+
+
 def _install(model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Put the finished model and its tokenizer into the run folder, each file whole or not at all."""
     with folder_atomic(out / FINAL) as folder:
-        save_model(model, folder)
-        tokenizer.save_pretrained(folder)
+        _save_files(model, tokenizer, folder)
     for file in sorted((out / FINAL).iterdir()):
         os.replace(file, out / file.name)
     shutil.rmtree(out / FINAL)

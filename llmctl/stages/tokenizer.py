@@ -44,7 +44,7 @@ def run(recipe: TokenizerRecipe, talk: Talk) -> RunResult:
     """
     begin = time.monotonic()
     out = Path(recipe.out) if recipe.out else default_out(STAGE)
-    check_out(out)
+    check_out(out, resumable=False)
     if not recipe.data.train:
         raise UsageError("no data to learn from", "name files, for example `llmctl tokenizer train TEXT.txt`")
     kind_named(recipe.kind, recipe.vocab_size)

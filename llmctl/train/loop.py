@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.errors import CheckFailed, Interrupted
-from llmctl.files import write_atomic
+from llmctl.files import disk_errors, write_atomic
 from llmctl.kernels.device import Compute, physical_cores
 from llmctl.recipe.schema import TrainSection
 from llmctl.runs import METRICS
@@ -185,7 +185,8 @@ class _Training:
             return self.job.evaluate()
 
     def _log(self, row: dict[str, Any]) -> None:
-        with open(self.job.folder / METRICS, "a", encoding="utf-8") as file:
+        path = self.job.folder / METRICS
+        with disk_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def _save(self) -> None:
@@ -198,7 +199,9 @@ class _Training:
             self.job.load(found[-1])
             self.progress = load_training_state(found[-1], self.optimizer)
             self.talk.say(f"resuming from step {self.progress.step} of {self.steps}")
-        _cut_metrics(self.job.folder / METRICS, self.progress.step)
+        # a run that was killed between its last step and its end still reports what it had found
+        for row in _cut_metrics(self.job.folder / METRICS, self.progress.step):
+            self.last |= row
 
     def _diverged(self, loss: float, norm: float, batches: list[dict[str, Tensor]], rate: float) -> None:
         step = self.progress.step + 1
@@ -286,10 +289,13 @@ def _signals(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _cut_metrics(path: Path, step: int) -> None:
-    """Drop metric lines written after the checkpoint a run goes on from, and a line cut short by a crash."""
+def _cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop metric lines written after the checkpoint a run goes on from, and a line cut short by a crash.
+
+    Returns the rows that are left.
+    """
     if not path.is_file():
-        return
+        return []
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -297,5 +303,6 @@ def _cut_metrics(path: Path, step: int) -> None:
         except json.JSONDecodeError:
             continue
         if row["step"] <= step:
-            kept.append(line + "\n")
-    write_atomic(path, "".join(kept))
+            kept.append(row)
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept
