@@ -16,6 +16,8 @@ from typing import Any
 from llmctl.errors import UserError
 
 CHUNK = 1 << 20
+# what the errors of tokenizers, safetensors and torch say when there is no room left
+FULL_DISK = ("No space left", "os error 28", "PytorchStreamWriter failed", "unexpected pos")
 
 
 @contextlib.contextmanager
@@ -25,7 +27,7 @@ def disk_errors(path: Path, elsewhere: str = "choose another folder with --out")
     `elsewhere` is the hint that says how to write to another place.
 
     Libraries wrap "disk full" in errors of their own (safetensors raises `SafetensorError`, torch
-    `RuntimeError`), so the text is looked at as well.
+    `RuntimeError`, of which the last one speaks of a position), so the text is looked at as well.
     """
     try:
         yield
@@ -38,9 +40,7 @@ def disk_errors(path: Path, elsewhere: str = "choose another folder with --out")
             raise UserError(f"{path}: the file system is read-only", elsewhere) from error
         raise
     except Exception as error:
-        if any(
-            words in str(error) for words in ("No space left", "os error 28", "PytorchStreamWriter failed")
-        ):
+        if any(words in str(error) for words in FULL_DISK):
             raise _full(path) from error
         raise
 
@@ -85,6 +85,14 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what a killed `write_atomic` left in a folder; the caller sees to it that no one writes there now."""
+    with disk_errors(folder):
+        for left in folder.glob(".tmp-*"):
+            if left.is_file():
+                left.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from llmctl import __version__
 from llmctl.errors import Interrupted, UserError
-from llmctl.files import combined_hash, disk_errors, file_hash, write_atomic, write_json
+from llmctl.files import clear_leftovers, combined_hash, disk_errors, file_hash, write_atomic, write_json
 
 MANIFEST = "run.json"
 RECIPE = "recipe.yaml"
@@ -285,6 +285,7 @@ class Run:
         lock = Lock(path)
         lock.acquire()
         try:
+            clear_leftovers(path)
             manifest: dict[str, Any] = {"format": 1, "stage": stage, "created": _now()}
             if resume and (path / MANIFEST).is_file():
                 manifest = read_manifest(path)
@@ -372,9 +373,8 @@ def _same_recipe(stage: str, path: Path, manifest: dict[str, Any], recipe_text: 
 
 
 def _same_inputs(path: Path, manifest: dict[str, Any], fields: dict[str, Any]) -> None:
-    now = _inputs(fields)
     for name, was in _inputs(manifest).items():
-        if now.get(name, was) != was:
+        if _inputs(fields).get(name, was) != was:
             raise UserError(
                 f"{path}: the {name} is not what it was when the run began",
                 "put it back, or start a new run with another --out",

@@ -116,7 +116,8 @@ def prepare(recipe: PretrainRecipe) -> Inputs:
         raise UserError("no data to train on", "name files with --data, or try --data builtin:tinyworld")
     if recipe.train.dtype == "float16":
         raise UserError(
-            "train.dtype: float16 needs loss scaling, which this loop does not do", "use bfloat16, float32 or auto"
+            "train.dtype: float16 needs loss scaling, which this loop does not do",
+            "use bfloat16, float32 or auto",
         )
     compute = pick_compute(recipe.device, recipe.train.dtype)
     source = recipe.tokenizer or recipe.base

@@ -14,6 +14,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -23,6 +25,7 @@ from llmctl.files import folder_atomic, write_json
 
 FOLDER = "checkpoints"
 STATE = "state.json"
+GO_BACK = "delete that checkpoint to resume from the one before it"
 NAME = re.compile(r"^step-(\d{6,})$")
 
 
@@ -49,36 +52,52 @@ def save_checkpoint(
         torch.save(_rng_state(), folder / "rng.pt")
         sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
         write_json(folder / STATE, {**asdict(progress), "files": sizes})
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    kept = checkpoints(run)[-keep:]
+    for old in _named(run):
+        # incomplete ones too: a process that was killed while it deleted one leaves half of it
+        if old not in kept and _step(old) < _step(kept[0]):
+            shutil.rmtree(old)
     return path
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first. Half-written and damaged ones are not among them."""
+    return [path for path in _named(run) if _is_complete(path)]
+
+
+def _named(run: Path) -> list[Path]:
     folder = run / FOLDER
-    if not folder.is_dir():
-        return []
-    named = sorted((int(found[1]), path) for path in folder.iterdir() if (found := NAME.match(path.name)))
-    return [path for _, path in named if _is_complete(path)]
+    found = [path for path in folder.iterdir() if NAME.match(path.name)] if folder.is_dir() else []
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def load_training_state(path: Path, optimizer: Optimizer) -> Progress:
     """Restore optimizer and random state; the caller loads the weights.
 
-    Raises UserError if the files do not fit this model.
+    Raises UserError if the files are damaged or do not fit this model.
     """
     device = next(iter(optimizer.param_groups[0]["params"])).device
+    moments, random = _read(path / "optimizer.pt", device), _read(path / "rng.pt", "cpu")
     try:
-        optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location=device, weights_only=True))
-        _set_rng_state(torch.load(path / "rng.pt", weights_only=True))
-    except (ValueError, RuntimeError, OSError) as error:
-        raise UserError(
-            f"{path}: the checkpoint does not fit this run ({str(error).splitlines()[0]})",
-            "delete that checkpoint to resume from the one before it",
-        ) from None
+        optimizer.load_state_dict(moments)
+        _set_rng_state(random)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        said = str(error).splitlines()[0]
+        raise UserError(f"{path}: the checkpoint does not fit this run ({said})", GO_BACK) from None
     state = json.loads((path / STATE).read_text())
     return Progress(state["step"], state["tokens"], state["seconds"])
+
+
+def _read(file: Path, device: torch.device | str) -> dict[str, Any]:
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    # what torch makes of other bytes than its own; its words about them would advise to trust the file
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+        raise UserError(f"{file}: damaged", GO_BACK) from error
 
 
 def _is_complete(path: Path) -> bool:
