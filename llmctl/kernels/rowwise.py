@@ -2,7 +2,7 @@
 
 On the CPU each elementwise operation is a trip to memory, and autograd's composite backward makes
 about twice as many of them (`benchmarks/rowwise_cpu.py`). On other devices torch's own fused kernels
-run.
+run, and a compiler that fuses by itself is given the definition.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last axis, in the dtype of `x` (sums in float32)."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or is_compiling():
         return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
     return _RMSNorm.apply(x.float(), weight.float(), eps).to(x.dtype)
 
@@ -31,7 +32,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     The tables broadcast over the leading axes. The result is float32, or float64 for such input.
     """
-    return _Rotate.apply(x, cos, sin)
+    return rotate_reference(x, cos, sin) if is_compiling() else _Rotate.apply(x, cos, sin)
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

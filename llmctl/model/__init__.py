@@ -3,11 +3,19 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from llmctl.model.config import MODEL_TYPE, LlmctlConfig
-from llmctl.model.hf import LlmctlForCausalLM, LlmctlModel, recompute_activations
+from llmctl.model.hf import LlmctlForCausalLM, LlmctlModel, compile_blocks, recompute_activations
 from llmctl.model.leaves import Leaf, leaves
 
 AutoConfig.register(MODEL_TYPE, LlmctlConfig, exist_ok=True)
 AutoModel.register(LlmctlConfig, LlmctlModel, exist_ok=True)
 AutoModelForCausalLM.register(LlmctlConfig, LlmctlForCausalLM, exist_ok=True)
 
-__all__ = ["Leaf", "LlmctlConfig", "LlmctlForCausalLM", "LlmctlModel", "leaves", "recompute_activations"]
+__all__ = [
+    "Leaf",
+    "LlmctlConfig",
+    "LlmctlForCausalLM",
+    "LlmctlModel",
+    "compile_blocks",
+    "leaves",
+    "recompute_activations",
+]

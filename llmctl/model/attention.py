@@ -56,6 +56,10 @@ class GroupedQueryAttention(nn.Module):
         out_BHTD = attend(q, k, v, ctx.visible(self.pattern))
         return self.o_proj(out_BHTD.transpose(1, 2).flatten(2).to(x_BTE.dtype))
 
+    def prepare(self, ctx: Context) -> None:
+        """Work out what this layer's queries may see before any block runs, so that blocks only look it up."""
+        ctx.visible(self.pattern)
+
     def init_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> DenseState:
         """Empty memory for `capacity` tokens in each of `batch` rows."""
         return DenseState((batch, self.kv_heads, capacity, self.head_dim), dtype, device)

@@ -94,8 +94,11 @@ def plain_context(length: int, past: int = 0, device: torch.device | str = "cpu"
     return Context(queries, keys, contiguous=True)
 
 
-def packed_context(position_ids: Tensor) -> Context:
+def packed_context(position_ids: Tensor, by_span: bool = True) -> Context:
     """Rows [B, T] in which several documents follow each other.
+
+    `by_span` lets attention take the documents one by one; False leaves it the mask, whose shape does not
+    depend on where documents end, as a compiled block needs.
 
     A position that is not one more than the one before it begins a new document (and every row
     does). Documents are isolated from each other. Reads the positions on the host once.
@@ -103,6 +106,8 @@ def packed_context(position_ids: Tensor) -> Context:
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
     tokens = Tokens(position_ids, starts.cumsum(1))
+    if not by_span:
+        return Context(tokens, tokens)
     first = starts.flatten().nonzero().squeeze(1)
     ends = torch.cat([first[1:], first.new_tensor([position_ids.numel()])])
     whole = position_ids.shape[0] == first.numel() and bool((position_ids[:, 0] == 0).all())

@@ -98,6 +98,7 @@ class LlmctlModel(LlmctlPreTrainedModel, Stack):
         super().__init__(config)
         self.build(config.spec)
         self.gradient_checkpointing = False
+        self.attends_by_span = True
         self.post_init()
 
     def forward(
@@ -133,7 +134,7 @@ class LlmctlModel(LlmctlPreTrainedModel, Stack):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        ctx = _context(x, attention_mask, position_ids, past)
+        ctx = _context(x, attention_mask, position_ids, past, self.attends_by_span)
         recompute = self.gradient_checkpointing and self.training
         states = None if past_key_values is None else self._states(past_key_values, frozen=recompute)
         hidden: list[Tensor] | None = [] if output_hidden_states else None
@@ -154,7 +155,9 @@ class LlmctlModel(LlmctlPreTrainedModel, Stack):
         ] or [FixedPast(None, None) for _ in self.layers]
 
 
-def _context(x: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: int) -> Context:
+def _context(
+    x: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: int, by_span: bool
+) -> Context:
     length = x.shape[1]
     if mask is not None:
         if mask.dim() != 2:
@@ -164,7 +167,7 @@ def _context(x: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: 
     if position_ids is None:
         return plain_context(length, past, x.device)
     if past == 0 and length > 1:
-        return packed_context(position_ids.expand(x.shape[0], -1))
+        return packed_context(position_ids.expand(x.shape[0], -1), by_span)
     everything = torch.ones(x.shape[0], past + length, dtype=torch.long, device=x.device)
     ctx = padded_context(everything, length, position_ids)
     if bool((ctx.queries.position[:, -1] == past + length - 1).all()):
@@ -245,3 +248,14 @@ def recompute_activations(model: LlmctlForCausalLM) -> None:
     """
     model.model.gradient_checkpointing = True
     model.model._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def compile_blocks(model: LlmctlForCausalLM) -> None:
+    """Compile the blocks in place; all layers share one compilation, and names stay as they are.
+
+    Attention then works with a mask: its shapes do not change with the documents of a row, which
+    would mean compiling again at every step.
+    """
+    model.model.attends_by_span = False
+    for layer in model.model.layers:
+        layer.compile()

@@ -53,6 +53,8 @@ class Stack:
             keep: if given, the input of every block and the final states are appended to it.
         """
         ctx.rotary = POSITIONS[self.spec.position](self.spec, ctx.queries.position)
+        for layer in self.layers:
+            layer.self_attn.prepare(ctx)
         for index, layer in enumerate(self.layers):
             state = states[index] if states is not None else None
             if keep is not None:

@@ -71,7 +71,7 @@ WORDS: dict[str, str] = {
     "train.seed": "seed of initialisation, shuffling and sampling",
     "train.dtype": "compute precision; weights and optimizer stay float32",
     "train.gradient_checkpointing": "recompute activations in the backward pass to save memory",
-    "train.torch_compile": "compile the model with torch.compile",
+    "train.torch_compile": "compile the blocks with torch.compile; needs a C++ compiler on CPU",
     "train.threads": "CPU threads; all physical cores when unset",
     "train.logging_steps": "steps between metric lines",
     "train.eval_steps": "steps between evaluations; a tenth of the run when unset",

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from llmctl.errors import UserError
 from llmctl.files import folder_atomic, sync_folder, write_atomic
 from llmctl.kernels.device import Compute, pick_compute
-from llmctl.model import LlmctlForCausalLM, recompute_activations
+from llmctl.model import LlmctlForCausalLM
 from llmctl.model.checkpoint import load_config, load_model, load_weights, new_model, save_model
 from llmctl.model.config import LlmctlConfig
 from llmctl.model.families import write_config
@@ -28,6 +28,7 @@ from llmctl.stages.generate import continue_ids, prompt_ids
 from llmctl.stages.plan import plan_pretraining
 from llmctl.stages.text import (
     TextRows,
+    for_training,
     highest_id,
     pad_id_of,
     parent,
@@ -154,9 +155,7 @@ def build_model(recipe: PretrainRecipe, inputs: Inputs) -> LlmctlForCausalLM:
     else:
         model = new_model(inputs.spec, recipe.train.seed, **ids)
         model.generation_config = GenerationConfig(**ids)
-    if recipe.train.gradient_checkpointing:
-        recompute_activations(model)
-    return model.to(inputs.compute.device)
+    return for_training(model, recipe.train, inputs.compute)
 
 
 def _job(

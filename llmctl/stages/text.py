@@ -16,7 +16,7 @@ from llmctl.data.shards import Encoder, Shards, open_shards
 from llmctl.errors import UserError
 from llmctl.evaluate.perplexity import Score, score
 from llmctl.kernels.device import Compute
-from llmctl.model import LlmctlForCausalLM
+from llmctl.model import LlmctlForCausalLM, compile_blocks, recompute_activations
 from llmctl.recipe.schema import DataSection, TrainSection
 from llmctl.runs import Parent, folder_hash
 from llmctl.talk import Talk
@@ -134,6 +134,15 @@ def training_batches(text: TextRows, data: DataSection, train: TrainSection, pad
         pad_id=pad_id,
         isolate=data.isolate_documents,
     )
+
+
+def for_training(model: LlmctlForCausalLM, settings: TrainSection, compute: Compute) -> LlmctlForCausalLM:
+    """The passes over a model that `train.*` asks for, and the move to its device."""
+    if settings.gradient_checkpointing:
+        recompute_activations(model)
+    if settings.torch_compile:
+        compile_blocks(model)
+    return model.to(compute.device)
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerFast) -> int:

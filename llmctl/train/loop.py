@@ -93,7 +93,6 @@ class _Training:
         self.job, self.talk, self.settings = job, talk, job.settings
         self.steps = total_steps(job.settings, job.batches.steps_per_epoch)
         torch.set_num_threads(job.settings.threads or physical_cores())
-        self.model = torch.compile(job.model) if job.settings.torch_compile else job.model
         self.weights = [weight for weight in job.model.parameters() if weight.requires_grad]
         self.optimizer = make_optimizer(job.model, job.settings)
         self.progress = Progress()
@@ -140,10 +139,10 @@ class _Training:
         micro_batches = self.job.batches.step(step)
         tokens = trained_tokens(micro_batches)
         total = torch.zeros((), device=self.job.compute.device)
-        self.model.train()
+        self.job.model.train()
         for batch in micro_batches:
             with self.job.compute.autocast():
-                loss = self.job.loss(self.model, self._moved(batch), tokens)
+                loss = self.job.loss(self.job.model, self._moved(batch), tokens)
             loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.weights, settings.max_grad_norm, foreach=True)
@@ -180,7 +179,7 @@ class _Training:
 
     def _evaluated(self) -> dict[str, float]:
         assert self.job.evaluate is not None
-        self.model.eval()
+        self.job.model.eval()
         with torch.no_grad(), self.job.compute.autocast():
             return self.job.evaluate()
 
