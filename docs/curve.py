@@ -15,7 +15,9 @@ def main(run: str, target: str) -> None:
     rows = [json.loads(line) for line in (Path(run) / METRICS).read_text(encoding="utf-8").splitlines()]
     series = series_of(rows, "eval_bits_per_byte", "bits per byte, held out")
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    Path(target).write_text(curve_svg("bits per byte over optimizer steps", [series]) + "\n", encoding="utf-8")
+    Path(target).write_text(
+        curve_svg("bits per byte over optimizer steps", [series]) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":
