@@ -151,6 +151,7 @@ def default_of(field: FieldInfo) -> str:
 def command_lines() -> Iterator[str]:
     """One part a command, in the order of `llmctl --help`."""
     import typer
+
     from llmctl.cli.main import app
 
     yield "## Commands\n"

@@ -106,7 +106,7 @@ def run(recipe: PretrainRecipe, talk: Talk, *, resume: bool = False, dry_run: bo
         job = _job(recipe, inputs, model, train_rows, eval_rows, out)
         metrics = train(job, talk)
         _install(model, inputs.tokenizer, out)
-        write_atomic(out / REPORT, _report(out, model, inputs.tokenizer, metrics))
+        write_atomic(out / REPORT, _report(out, inputs, metrics))
         opened.finish(metrics)
     return RunResult(out, metrics)
 
@@ -202,11 +202,10 @@ def _install(model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast, out: 
     sync_folder(out)
 
 
-def _report(
-    out: Path, model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast, metrics: dict[str, Any]
-) -> str:
-    """report.html: the curves, and what the model says when it begins from nothing."""
-    model.eval()
+def _report(out: Path, inputs: Inputs, metrics: dict[str, Any]) -> str:
+    """report.html: the curves, and what the model that was just written says when it begins from nothing."""
+    tokenizer = inputs.tokenizer
+    model = load_model(out, device=inputs.compute.device)
     ids = prompt_ids(tokenizer, "", False, str(out)) if tokenizer.bos_token_id is not None else []
     samples = []
     for seed in range(SAMPLES if ids else 0):

@@ -11,7 +11,7 @@ from typing import Any
 from llmctl.data import tinyworld
 from llmctl.errors import UserError
 from llmctl.evaluate.exact import exact_matches
-from llmctl.kernels.device import pick_compute
+from llmctl.kernels.device import pick_compute, pick_device
 from llmctl.model.checkpoint import load_config, load_model
 from llmctl.plan.size import total_parameters
 from llmctl.recipe.load import load_recipe
@@ -57,6 +57,7 @@ def run(out: str | None, seed: int | None, device: str | None, talk: Talk) -> di
     folder = Path(out) if out else RUNS / "quickstart"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, but --out names a folder", "choose another name")
+    pick_device(device or "auto")  # a device that is not there should show before any work
     setting = _Setting(folder, seed, device, talk)
     rows = []
     for number, (name, step) in enumerate(STEPS.items(), 1):
