@@ -1,4 +1,4 @@
-"""Running the program inside the test process."""
+"""The program in an empty folder, and stages that only note how they were called."""
 
 from __future__ import annotations
 
@@ -7,25 +7,16 @@ from pathlib import Path
 
 import pytest
 
-import llmctl.stages
-from llmctl.cli.main import main
-from tests.cli.fake_stages import Calls, Outcome, Program
+import llmctl.stages as stages
+from tests.cli.fake_stages import Calls
+from tests.program import Program
 
 
 @pytest.fixture
-def llmctl_(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
+def llmctl_(llmctl: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
     """Run `llmctl WORDS…` in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LLMCTL_DEBUG", raising=False)
-
-    def run(*words: str) -> Outcome:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main(list(words))
-        out, err = capfd.readouterr()
-        return Outcome(int(left.value.code or 0), out, err)
-
-    return run
+    return llmctl
 
 
 @pytest.fixture
@@ -40,5 +31,5 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
             ],
             show=lambda tokenizer, text: [(7, "Ġa\n", b" a"), (1234, "ä", b"\xe4")],
         )
-        monkeypatch.setattr(llmctl.stages, name, module, raising=False)
+        monkeypatch.setattr(stages, name, module, raising=False)
     return noted

@@ -12,7 +12,8 @@ from llmctl.cli.main import COMMANDS, GROUPS
 from llmctl.cli.options import FLAGS
 from llmctl.errors import CheckFailed, Interrupted, UserError
 from llmctl.recipe.schema import RECIPES
-from tests.cli.fake_stages import Calls, Program
+from tests.cli.fake_stages import Calls
+from tests.program import Program
 
 # --- wrong command lines ----------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from llmctl.cli import doctor
-from tests.cli.fake_stages import Program
+from tests.program import Program
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

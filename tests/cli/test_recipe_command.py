@@ -12,7 +12,7 @@ from llmctl.recipe.load import check_file
 from llmctl.recipe.schema import RECIPES
 from llmctl.recipe.shipped import shipped_recipes
 from llmctl.recipe.words import WORDS
-from tests.cli.fake_stages import Program
+from tests.program import Program
 
 
 def test_list(llmctl_: Program) -> None:

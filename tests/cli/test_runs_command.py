@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llmctl.runs import Parent, Run, folder_hash
-from tests.cli.fake_stages import Program
+from tests.program import Program
 
 
 def make_run(path: Path, stage: str, *parents: tuple[str, Path], **metrics: Any) -> Path:

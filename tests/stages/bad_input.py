@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.fake_stages import Outcome, Program
+from tests.program import Outcome, Program
 from tests.stages.conftest import TRAIN
 
 Make = Callable[[Path], object]

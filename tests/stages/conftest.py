@@ -1,4 +1,4 @@
-"""A tiny corpus, tokenizer and model made once, and the program run inside the test process."""
+"""A tiny corpus, tokenizer and model made once."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmctl.cli.main import main
 from llmctl.data import tinyworld
 from llmctl.recipe.load import load_recipe
 from llmctl.recipe.schema import PretrainRecipe, TokenizerRecipe
 from llmctl.stages import pretrain, tokenizer
 from llmctl.talk import SILENT
-from tests.cli.fake_stages import Outcome, Program
 
 DOCUMENTS = 120
 VOCABULARY = 300
@@ -96,21 +94,6 @@ def stocked(here: Path, corpus: Path, tok: Path, base: Path) -> Path:
     shutil.copytree(tok, here / "tok")
     shutil.copytree(base, here / "base")
     return here
-
-
-@pytest.fixture
-def llmctl(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Program:
-    """Run `llmctl WORDS…` in this process."""
-    monkeypatch.delenv("LLMCTL_DEBUG", raising=False)
-
-    def run(*words: str) -> Outcome:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main(list(words))
-        out, err = capfd.readouterr()
-        return Outcome(int(left.value.code or 0), out, err)
-
-    return run
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.fake_stages import Program
+from tests.program import Program
 from tests.stages.bad_input import (
     Bad,
     cases,

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmctl.model.checkpoint import load_model
-from tests.cli.fake_stages import Outcome, Program
+from tests.program import Outcome, Program
 from tests.stages.bad_input import (
     EXPLAIN,
     NEW,

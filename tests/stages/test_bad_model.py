@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.cli.fake_stages import Program
+from tests.program import Program
 from tests.stages.bad_input import (
     NEW,
     WEIGHTS,

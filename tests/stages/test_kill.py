@@ -18,7 +18,7 @@ import pytest
 from llmctl.model.checkpoint import load_model
 from llmctl.runs import read_manifest, status_of
 from llmctl.train.checkpoint import checkpoints
-from tests.cli.fake_stages import Program
+from tests.program import Program
 from tests.stages.bad_input import WEIGHTS, Bad, told
 from tests.stages.conftest import TRAIN, mounted
 

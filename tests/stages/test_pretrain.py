@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmctl.model.checkpoint import load_model
 from llmctl.runs import Lock, folder_hash, read_manifest
-from tests.cli.fake_stages import Program
+from tests.program import Program
 from tests.stages.bad_input import WEIGHTS, Bad, snapshot, told
 from tests.stages.conftest import DOCUMENTS, SMALL, TRAIN, VOCABULARY
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmctl.runs import read_manifest
 from llmctl.stages import quickstart
-from tests.cli.fake_stages import Program
+from tests.program import Program
 from tests.stages.bad_input import snapshot
 from tests.stages.conftest import SMALL
 
