@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -24,18 +23,19 @@ from typing import Any, Self
 from llmctl import __version__
 from llmctl.errors import Interrupted, UserError
 from llmctl.files import clear_leftovers, combined_hash, disk_errors, file_hash, write_atomic, write_json
+from llmctl.lock import LOCK, Lock
 
 MANIFEST = "run.json"
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
-LOCK = "run.lock"
 RUNS = Path("runs")
 
 # Files whose bytes are the run's result; together they give the run its hash.
 OUTPUT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
-NOT_OUTPUT = (MANIFEST, METRICS)
+NOT_OUTPUT = (MANIFEST, METRICS, "diverged.json")
 
-# Fields that may differ between the run and its resumption: they do not change the result.
+# Fields that may differ between the run and its resumption: they say where and how, not what, to compute.
+# (Another device or thread count may round differently.)
 FREE_ON_RESUME = (
     "out",
     "device",
@@ -148,6 +148,18 @@ def folder_hash(path: Path) -> str:
     return combined_hash(output_hashes(path))
 
 
+def finished_metrics(stage: str, path: Path, recipe_text: str) -> dict[str, Any] | None:
+    """The metrics of a run that is done; None if there is no run or it is not done.
+
+    Raises UserError if it is the run of another stage, or was made by another recipe.
+    """
+    if not (path / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(path)
+    _same_recipe(stage, path, manifest, recipe_text)
+    return dict(manifest.get("metrics", {})) if manifest.get("status") == "done" else None
+
+
 def find_runs(root: Path = RUNS) -> Iterator[Path]:
     """Every run folder under `root`, at any depth, in order of name. Checkpoints are not runs."""
     if not root.is_dir():
@@ -177,84 +189,10 @@ def _hash_of(path: Path) -> str | None:
     return folder_hash(path)
 
 
-class Lock:
-    """At most one live process per run folder, across hosts as far as the file system allows."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = path / LOCK
-        self.held = False
-
-    def acquire(self) -> None:
-        """Take the lock; a lock whose process is gone is taken over. Raises UserError if it lives."""
-        mine = json.dumps(
-            {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
-        )
-        with disk_errors(self.file):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            for _ in range(2):
-                try:
-                    handle = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-                except FileExistsError:
-                    self._refuse_if_alive()
-                    self.file.unlink(missing_ok=True)
-                    continue
-                with os.fdopen(handle, "w") as file:
-                    file.write(mine)
-                self.held = True
-                return
-        raise UserError(f"{self.file}: another process took the lock first", "try again in a moment")
-
-    def release(self) -> None:
-        """Give the lock back; does nothing if it was never taken."""
-        if self.held:
-            self.file.unlink(missing_ok=True)
-            self.held = False
-
-    def holder(self) -> tuple[int, str] | None:
-        """Process and host that hold the lock; None if it is free or its process is gone.
-
-        A process on another host cannot be looked up, so it counts as alive.
-        """
-        try:
-            owner = json.loads(self.file.read_text())
-            pid, host, started = int(owner["pid"]), str(owner["host"]), owner["started"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # no lock, or its process was killed between creating and writing it
-        if host != socket.gethostname():
-            return pid, host
-        return (pid, host) if started is not None and _started(pid) == started else None
-
-    def _refuse_if_alive(self) -> None:
-        holder = self.holder()
-        if holder is None:
-            return
-        pid, host = holder
-        if host != socket.gethostname():
-            raise UserError(
-                f"{self.file.parent}: the run is locked by process {pid} on {host}",
-                f"if that process is gone, delete {self.file}",
-            )
-        raise UserError(
-            f"{self.file.parent}: the run is in use by process {pid}",
-            "wait for it, or stop it, then run the same command again",
-        )
-
-
 def status_of(path: Path, manifest: dict[str, Any]) -> str:
     """The status of a run now: `running` in the manifest of a process that is gone is `crashed`."""
     status = str(manifest.get("status", "unknown"))
     return "crashed" if status == "running" and Lock(path).holder() is None else status
-
-
-def _started(pid: int) -> float | None:
-    """When a process began (seconds since the epoch), so that a reused pid is not mistaken for it."""
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
-    except psutil.Error:
-        return None
 
 
 class Run:

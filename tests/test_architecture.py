@@ -23,6 +23,7 @@ PACKAGE = ROOT / "llmctl"
 LAYERS: list[set[str]] = [
     {"errors"},
     {"files"},
+    {"lock"},
     {"talk", "runs", "locate", "report"},
     {"recipe"},
     {"kernels"},
@@ -38,7 +39,7 @@ LAYERS: list[set[str]] = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # These stay importable in a fraction of a second, function bodies included.
-LIGHT = {"errors", "files", "talk", "runs", "locate", "report", "recipe"}
+LIGHT = {"errors", "files", "lock", "talk", "runs", "locate", "report", "recipe"}
 HEAVY = {"torch", "transformers", "tokenizers", "datasets", "peft", "trl", "accelerate", "numpy", "pyarrow"}
 
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from llmctl import runs
+from llmctl import lock, runs
 from llmctl.errors import Interrupted, UserError
-from llmctl.runs import Lock, Run, check_out, find_parent, find_runs, folder_hash, read_manifest, status_of
+from llmctl.lock import Lock
+from llmctl.runs import Run, check_out, find_parent, find_runs, folder_hash, read_manifest, status_of
 
 RECIPE = "stage: pretrain\nout: r\ntrain:\n  seed: 1\n  save_steps: 5\n"
 
@@ -38,7 +39,7 @@ def sleeper() -> Iterator[int]:
 
 
 def write_lock(folder: Path, **owner: Any) -> None:
-    (folder / runs.LOCK).write_text(json.dumps(owner))
+    (folder / lock.LOCK).write_text(json.dumps(owner))
 
 
 def test_a_lock_is_taken_and_given_back(tmp_path: Path) -> None:
@@ -56,13 +57,13 @@ def test_a_lock_is_taken_and_given_back(tmp_path: Path) -> None:
 
 
 def test_a_live_process_keeps_its_lock(tmp_path: Path, sleeper: int) -> None:
-    write_lock(tmp_path, pid=sleeper, host=socket.gethostname(), started=runs._started(sleeper))
+    write_lock(tmp_path, pid=sleeper, host=socket.gethostname(), started=lock._started(sleeper))
     with pytest.raises(UserError, match=f"in use by process {sleeper}"):
         Lock(tmp_path).acquire()
 
 
 def test_a_reused_pid_is_not_the_owner(tmp_path: Path, sleeper: int) -> None:
-    began = runs._started(sleeper)
+    began = lock._started(sleeper)
     assert began is not None
     write_lock(tmp_path, pid=sleeper, host=socket.gethostname(), started=began - 100)
     assert Lock(tmp_path).holder() is None
@@ -71,7 +72,7 @@ def test_a_reused_pid_is_not_the_owner(tmp_path: Path, sleeper: int) -> None:
 
 def test_a_dead_process_loses_its_lock(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    write_lock(tmp_path, pid=process.pid, host=socket.gethostname(), started=runs._started(process.pid))
+    write_lock(tmp_path, pid=process.pid, host=socket.gethostname(), started=lock._started(process.pid))
     assert Lock(tmp_path).holder() is not None
     process.kill()
     # not waited for yet: a zombie holds nothing either
@@ -86,12 +87,12 @@ def test_a_process_on_another_host_may_live(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         Lock(tmp_path).acquire()
     assert caught.value.message == f"{tmp_path}: the run is locked by process 1 on elsewhere"
-    assert caught.value.hint == f"if that process is gone, delete {tmp_path / runs.LOCK}"
+    assert caught.value.hint == f"if that process is gone, delete {tmp_path / lock.LOCK}"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x"}', '{"pid": 1, "host": "h"}'])
 def test_a_lock_nobody_finished_writing_is_taken_over(text: str, tmp_path: Path) -> None:
-    (tmp_path / runs.LOCK).write_text(text)
+    (tmp_path / lock.LOCK).write_text(text)
     Lock(tmp_path).acquire()
 
 
@@ -163,7 +164,7 @@ def test_a_run_that_finishes(tmp_path: Path) -> None:
     assert done["outputs"].keys() == {"model.safetensors", "config.json"}
     assert done["hash"] == folder_hash(path)
     assert (path / "recipe.yaml").read_text() == RECIPE
-    assert not (path / runs.LOCK).exists()
+    assert not (path / lock.LOCK).exists()
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_a_full_disk_does_not_hide_the_error(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(runs, "write_json", full)
         raise ValueError("the cause")
     assert manifest(tmp_path)["status"] == "running"
-    assert not (tmp_path / runs.LOCK).exists()
+    assert not (tmp_path / lock.LOCK).exists()
     assert status_of(tmp_path, manifest(tmp_path)) == "crashed"
 
 
@@ -209,7 +210,7 @@ def test_killed_runs_are_crashed(tmp_path: Path) -> None:
     )
     path = tmp_path / "r"
     assert subprocess.run([sys.executable, "-c", script, path]).returncode == -9
-    assert (path / runs.LOCK).exists()
+    assert (path / lock.LOCK).exists()
     assert manifest(path)["status"] == "running"
     assert status_of(path, manifest(path)) == "crashed"
     with Run.start("pretrain", path, RECIPE, resume=True) as run:
@@ -263,7 +264,7 @@ def test_resume_refuses_another_run(stage: str, text: str, message: str, hint: s
     assert caught.value.hint == hint
     assert (path / "run.json").read_bytes() == before
     assert (path / "recipe.yaml").read_text() == RECIPE
-    assert not (path / runs.LOCK).exists()
+    assert not (path / lock.LOCK).exists()
 
 
 def test_a_folder_with_something_in_it_needs_resume(tmp_path: Path) -> None:
@@ -317,3 +318,36 @@ def test_damaged_manifests(text: str | None, message: str, tmp_path: Path) -> No
         read_manifest(tmp_path)
     assert caught.value.message == message.format(path=tmp_path)
     assert caught.value.hint
+
+
+def test_processes_that_race_for_a_stale_lock_do_not_both_get_it(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from llmctl.errors import UserError; from llmctl.lock import Lock\n"
+        "try: Lock(Path(sys.argv[1])).acquire(); print('held', flush=True); sys.stdin.read()\n"
+        "except UserError: print('refused', flush=True)"
+    )
+    write_lock(tmp_path, pid=2**22 + 1, host=socket.gethostname(), started=1.0)
+    words = [sys.executable, "-c", script, str(tmp_path)]
+    racers = [
+        subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(6)
+    ]
+    try:
+        said = [racer.stdout.readline().strip() for racer in racers if racer.stdout is not None]
+    finally:
+        for racer in racers:
+            racer.kill()
+            racer.communicate()
+    assert sorted(said) == ["held"] + ["refused"] * 5
+
+
+def test_finished_metrics_are_those_of_the_same_run_only(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    assert runs.finished_metrics("pretrain", path, RECIPE) is None
+    with Run.start("pretrain", path, RECIPE) as run:
+        assert runs.finished_metrics("pretrain", path, RECIPE) is None
+        run.finish({"loss": 1.0})
+    assert runs.finished_metrics("pretrain", path, RECIPE) == {"loss": 1.0}
+    with pytest.raises(UserError, match="holds a `pretrain` run, not `tokenizer`"):
+        runs.finished_metrics("tokenizer", path, RECIPE)
+    with pytest.raises(UserError, match=r"train\.seed was 1 when the run began, and is 2 now"):
+        runs.finished_metrics("pretrain", path, RECIPE.replace("seed: 1", "seed: 2"))

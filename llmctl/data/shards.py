@@ -40,7 +40,7 @@ COLUMNS = ("ids", "doc_start", "doc_bytes", "doc_origin")
 BATCH_DOCUMENTS = 512
 BATCH_CHARACTERS = 1 << 20
 MEGABYTE = 1e6
-ELSEWHERE = "set data.cache_dir to a folder you can write"
+ELSEWHERE = "set data.cache_dir (for eval: eval.cache_dir) to a folder you can write"
 
 
 @dataclass(frozen=True)

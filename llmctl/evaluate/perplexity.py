@@ -73,5 +73,5 @@ def score(
             flat = hidden[:, :-1].flatten(0, 1)
             for index, part in enumerate((is_special, ~is_special)):
                 kept = labels.masked_fill(~part, IGNORE)
-                nats[index] += linear_cross_entropy(flat, model.lm_head.weight, kept).double().cpu()
+                nats[index] += linear_cross_entropy(flat, model.lm_head.weight, kept).cpu().double()
     return Score(float(nats.sum()), float(nats[1]), tokens, text_bytes)

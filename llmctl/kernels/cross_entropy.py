@@ -37,7 +37,14 @@ def linear_cross_entropy(h_NE: Tensor, w_VE: Tensor, labels_N: Tensor) -> Tensor
     h_NE, labels_N = h_NE.index_select(0, kept), labels_N.index_select(0, kept)
     device = h_NE.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_NE.dtype
+    if not torch.is_grad_enabled():  # autograd asks for gradients by requires_grad alone
+        h_NE, w_VE = h_NE.detach(), w_VE.detach()
     return _LinearCrossEntropy.apply(h_NE, w_VE, labels_N, dtype)
+
+
+def slice_tokens(device: str) -> int:
+    """Tokens whose logits exist at once on a kind of device."""
+    return SLICE.get(device, SLICE_ELSEWHERE)
 
 
 def linear_cross_entropy_reference(h_NE: Tensor, w_VE: Tensor, labels_N: Tensor) -> Tensor:
@@ -55,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw_VE = torch.zeros(w_VE.shape, dtype=torch.float32, device=w_VE.device) if wants_w else None
         with torch.autocast(h_NE.device.type, enabled=False):
             w = w_VE.to(dtype)
-            size = SLICE.get(h_NE.device.type, SLICE_ELSEWHERE)
+            size = slice_tokens(h_NE.device.type)
             for start in range(0, h_NE.shape[0], size):
                 part = slice(start, start + size)
                 h, labels = h_NE[part].to(dtype), labels_N[part, None]

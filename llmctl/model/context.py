@@ -120,6 +120,9 @@ def padded_context(attention_mask: Tensor, length: int, position_ids: Tensor | N
     Positions count the real tokens of a row, unless `position_ids` [B, length] says otherwise.
     """
     segment = attention_mask.long()
+    if position_ids is not None and length == segment.shape[1]:
+        # nothing is cached, so the positions may restart: each restart is a document of its own
+        return _padded_documents(segment, position_ids.expand(segment.shape[0], -1))
     keys = Tokens((segment.cumsum(1) - 1).clamp(min=0), segment)
     queries = Tokens(keys.position[:, -length:], segment[:, -length:])
     if position_ids is not None and not torch.equal(
@@ -130,3 +133,12 @@ def padded_context(attention_mask: Tensor, length: int, position_ids: Tensor | N
         queries = Tokens(position_ids.expand_as(queries.position), queries.segment)
         keys = Tokens(torch.cat([keys.position[:, :-length] + shift, queries.position], 1), keys.segment)
     return Context(queries, queries if length == attention_mask.shape[1] else keys)
+
+
+def _padded_documents(real: Tensor, position_ids: Tensor) -> Context:
+    starts = torch.zeros_like(real)
+    starts[:, 1:] = (position_ids[:, 1:] != position_ids[:, :-1] + 1) & (real[:, 1:] == 1)
+    # padding keeps segment 0 and counts its own places, so that its rows of the mask are not empty
+    places = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    tokens = Tokens(torch.where(real == 1, position_ids, places), (starts.cumsum(1) + 1) * real)
+    return Context(tokens, tokens)

@@ -90,7 +90,7 @@ def _write_mistral(spec: ModelSection) -> dict[str, Any]:
     _require(spec, qk_norm=False, attention_bias="none", mlp_bias=False)
     if set(_layers(spec)) == {"full", "sliding"}:
         raise Inexpressible(f"pattern: {spec.pattern}")
-    return {"sliding_window": spec.sliding_window}
+    return {"sliding_window": spec.sliding_window if "sliding" in _layers(spec) else None}
 
 
 def _read_qwen2(config: PreTrainedConfig) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class LlmctlModel(LlmctlPreTrainedModel, Stack):
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         ctx = _context(x, attention_mask, position_ids, past, self.attends_by_span)
-        recompute = self.gradient_checkpointing and self.training
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         states = None if past_key_values is None else self._states(past_key_values, frozen=recompute)
         hidden: list[Tensor] | None = [] if output_hidden_states else None
         call = self._gradient_checkpointing_func if recompute else None

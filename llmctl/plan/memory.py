@@ -8,13 +8,14 @@ from llmctl.recipe.model import ModelSection
 WEIGHT = GRADIENT = 4  # bytes, float32
 MOMENTS = 8  # AdamW's two, float32
 LIBRARIES = 450 << 20  # resident size of torch and transformers after import
-HEAD_SLICE = 256  # tokens whose logits exist at once (kernels/cross_entropy.py)
 
 
 def training_bytes(
-    model: ModelSection, rows: int, length: int, compute_bytes: int, checkpointing: bool
+    model: ModelSection, rows: int, length: int, compute_bytes: int, checkpointing: bool, head_tokens: int
 ) -> dict[str, int]:
     """Peak bytes by part of one micro-batch of `rows` x `length` tokens; `model` must be resolved.
+
+    `head_tokens` are the tokens whose logits exist at once (`kernels.cross_entropy.slice_tokens`).
 
     Activations count what autograd keeps per token and block: block inputs and norm outputs in
     float32, the inputs of every product and the attention's operands. Good to about a quarter.
@@ -26,7 +27,7 @@ def training_bytes(
     kept = 4 * 4 * width + compute_bytes * (2 * width + heads + 4 * inner) + 4 * 2 * heads
     layers = 1 if checkpointing else model.num_hidden_layers
     activations = tokens * (layers * kept + 4 * width * (model.num_hidden_layers + 2))
-    logits = min(tokens, HEAD_SLICE) * model.vocab_size * (4 + 4 + compute_bytes)
+    logits = min(tokens, head_tokens) * model.vocab_size * (4 + 4 + compute_bytes)
     return {
         "weights": weights * (WEIGHT + (compute_bytes if compute_bytes != WEIGHT else 0)),
         "gradients": weights * GRADIENT,

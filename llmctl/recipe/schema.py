@@ -63,9 +63,6 @@ class TrainSection(Section):
 class StageRecipe(Section):
     """What every stage shares."""
 
-    out: str | None = about("out", None)
-    device: Device = about("device", "auto")
-
     @property
     def stage_name(self) -> str:
         """The word after `stage:` in a recipe of this class."""
@@ -83,6 +80,7 @@ class TokenizerRecipe(StageRecipe):
     """`llmctl tokenizer train`."""
 
     stage: Literal["tokenizer"] = about("stage", "tokenizer")
+    out: str | None = about("out", None)
     kind: TokenizerKind = about("kind", "byte-bpe")
     vocab_size: int = about("vocab_size", 8192, ge=1)
     min_frequency: int = about("min_frequency", 2, ge=1)
@@ -94,6 +92,8 @@ class PretrainRecipe(StageRecipe):
     """`llmctl pretrain [MODEL]`."""
 
     stage: Literal["pretrain"] = about("stage", "pretrain")
+    out: str | None = about("out", None)
+    device: Device = about("device", "auto")
     base: str | None = about("base", None)
     tokenizer: str | None = about("tokenizer", None)
     model: ModelSection | None = about("model", None)
@@ -124,6 +124,7 @@ class GenerateRecipe(StageRecipe):
     """`llmctl generate MODEL PROMPT`."""
 
     stage: Literal["generate"] = about("stage", "generate")
+    device: Device = about("device", "auto")
     base: str | None = about("base", None)
     generate: GenerateSection = about("generate", GenerateSection())
 
@@ -137,12 +138,14 @@ class EvalSection(Section):
     batch_size: int = about("eval.batch_size", 16, ge=1)
     max_rows: int | None = about("eval.max_rows", None, ge=1)
     dtype: Dtype = about("eval.dtype", "float32")
+    cache_dir: str = about("eval.cache_dir", CACHE_DIR)
 
 
 class EvalRecipe(StageRecipe):
     """`llmctl eval MODEL`."""
 
     stage: Literal["eval"] = about("stage", "eval")
+    device: Device = about("device", "auto")
     base: str | None = about("base", None)
     eval: EvalSection = about("eval", EvalSection())
 

@@ -101,4 +101,5 @@ WORDS: dict[str, str] = {
     "eval.batch_size": "rows in one forward pass",
     "eval.max_rows": "score only the first rows",
     "eval.dtype": "precision of compute",
+    "eval.cache_dir": "folder for token shards, shared between runs",
 }

@@ -9,8 +9,16 @@ from llmctl.data.shards import open_shards
 from llmctl.errors import UserError
 from llmctl.kernels.device import pick_compute
 from llmctl.model.checkpoint import load_config, load_model
-from llmctl.recipe.schema import CACHE_DIR, EvalRecipe
-from llmctl.stages.text import TextRows, encoder_of, refuse_mismatch, score_rows
+from llmctl.recipe.schema import EvalRecipe
+from llmctl.stages.text import (
+    TextRows,
+    encoder_of,
+    refuse_mismatch,
+    refuse_swapped_tokenizer,
+    row_length,
+    score_rows,
+    tell,
+)
 from llmctl.talk import Talk
 from llmctl.tokenizer.load import load_tokenizer
 
@@ -32,12 +40,14 @@ def run(recipe: EvalRecipe, talk: Talk) -> dict[str, Any]:
     tokenizer = load_tokenizer(recipe.base)
     model = load_model(recipe.base, device=compute.device)
     refuse_mismatch(tokenizer, model.config.vocab_size, recipe.base)
+    refuse_swapped_tokenizer(tokenizer, recipe.base)
     if compute.dtype == model.dtype or compute.device.type != "cpu":
         model = model.to(compute.dtype)
     else:
         model = model.float()
-    length = settings.max_length or model.config.max_position_embeddings
-    shards = open_shards(settings.data, settings.text_field, encoder_of(tokenizer), CACHE_DIR, talk)
+    length = row_length(settings.max_length, model.config.max_position_embeddings, "eval.max_length")
+    shards = open_shards(settings.data, settings.text_field, encoder_of(tokenizer), settings.cache_dir, talk)
     pieces = cut(shards.doc_start, length, "split", shards.where)
+    tell(shards, pieces, length, talk)
     text = TextRows(shards, pieces, pack(pieces.length, length), length)
     return score_rows(model, text, tokenizer, compute, settings.batch_size, settings.max_rows).figures()

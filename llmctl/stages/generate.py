@@ -16,7 +16,7 @@ from llmctl.kernels.device import DTYPES, pick_device
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.checkpoint import load_config, load_model
 from llmctl.recipe.schema import GenerateRecipe, GenerateSection
-from llmctl.stages.text import refuse_mismatch
+from llmctl.stages.text import refuse_mismatch, refuse_swapped_tokenizer
 from llmctl.talk import Talk
 from llmctl.tokenizer.load import load_tokenizer
 from llmctl.tokenizer.stream import TextStream
@@ -40,6 +40,7 @@ def run(
     tokenizer = load_tokenizer(recipe.base)
     model = load_for_generation(recipe.base, recipe.device, settings.dtype)
     refuse_mismatch(tokenizer, model.config.vocab_size, recipe.base)
+    refuse_swapped_tokenizer(tokenizer, recipe.base)
     ids = prompt_ids(tokenizer, prompt, settings.chat, recipe.base)
     return continue_ids(model, tokenizer, ids, settings, talk, on_text)
 

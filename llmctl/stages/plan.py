@@ -14,6 +14,7 @@ from llmctl.data.document import Account, Document
 from llmctl.data.packing import cut, pack, unpacked
 from llmctl.data.readers import documents
 from llmctl.data.sources import total_bytes
+from llmctl.kernels.cross_entropy import slice_tokens
 from llmctl.kernels.device import Compute
 from llmctl.plan.memory import checkpoint_bytes, training_bytes
 from llmctl.plan.size import flops_per_token, total_parameters
@@ -45,6 +46,8 @@ def plan_pretraining(
     texts, more = _first(found, FIRST if whole is not None else None)
     extra = sum(token is not None for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     lengths = np.array([len(ids) + extra for ids in encode_batch(tokenizer, texts)], dtype=np.int64)
+    if data.eval:
+        next(documents(data.eval, data.text_field, Account()), None)  # bad files should show here too
     pieces = cut(np.concatenate([[0], np.cumsum(lengths)]), max_length, data.overlong)
     if not data.eval:
         pieces, _ = split_holdout(pieces, data.eval_fraction, train.seed)
@@ -59,6 +62,7 @@ def plan_pretraining(
         max_length,
         compute.dtype.itemsize,
         train.gradient_checkpointing,
+        slice_tokens(compute.device.type),
     )
     return {
         "device": str(compute),

@@ -23,7 +23,7 @@ from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.schema import GenerateSection, PretrainRecipe
 from llmctl.report import report_html
-from llmctl.runs import MANIFEST, METRICS, Run, RunResult, check_out, default_out, read_manifest
+from llmctl.runs import METRICS, Run, RunResult, check_out, default_out, finished_metrics
 from llmctl.stages.generate import continue_ids, prompt_ids
 from llmctl.stages.plan import plan_pretraining
 from llmctl.stages.text import (
@@ -33,13 +33,15 @@ from llmctl.stages.text import (
     pad_id_of,
     parent,
     refuse_mismatch,
+    refuse_swapped_tokenizer,
+    row_length,
     score_rows,
     text_rows,
     token_ids,
     training_batches,
 )
 from llmctl.talk import SILENT, Talk
-from llmctl.tokenizer.load import fingerprint, load_tokenizer
+from llmctl.tokenizer.load import TOKENIZER, fingerprint, load_tokenizer
 from llmctl.tokenizer.template import stop_ids, template_hash
 from llmctl.train.checkpoint import checkpoints
 from llmctl.train.loop import Job, train
@@ -72,17 +74,23 @@ def run(recipe: PretrainRecipe, talk: Talk, *, resume: bool = False, dry_run: bo
         Interrupted: Ctrl-C; the state was saved.
     """
     out = Path(recipe.out) if recipe.out else default_out(STAGE)
-    if resume and (finished := _finished(out)) is not None:
-        talk.say(f"{out}: this run is done; nothing to resume")
-        return RunResult(out, finished)
-    if not dry_run:
-        check_out(out, resume)
-    inputs = prepare(recipe)
     if dry_run:
+        inputs = prepare(recipe)
         return RunResult(
             None,
             plan_pretraining(recipe, inputs.tokenizer, inputs.spec, inputs.compute, inputs.max_length),
         )
+    # the folder is no part of what a run is: repeating it elsewhere must be possible
+    saved = dump_recipe(
+        recipe.model_copy(
+            update={"out": None, "model": recipe.model or (None if recipe.base else ModelSection())}
+        )
+    )
+    if resume and (finished := finished_metrics(STAGE, out, saved)) is not None:
+        talk.say(f"{out}: this run is done; nothing to resume")
+        return RunResult(out, finished)
+    check_out(out, resume)
+    inputs = prepare(recipe)
     if resume and not checkpoints(out):
         talk.say(f"{out}: no checkpoint to resume from; starting afresh")
     model = build_model(recipe, inputs)  # before the data, which may take long to tokenize
@@ -90,10 +98,6 @@ def run(recipe: PretrainRecipe, talk: Talk, *, resume: bool = False, dry_run: bo
         recipe.data, inputs.tokenizer, inputs.max_length, recipe.train.seed, talk
     )
     talk.say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {inputs.compute}")
-    # the folder is no part of what a run is: repeating it elsewhere must be possible
-    saved = recipe.model_copy(
-        update={"out": None, "model": recipe.model or (None if recipe.base else ModelSection())}
-    )
     fields = {
         "seed": recipe.train.seed,
         "device": str(inputs.compute),
@@ -102,7 +106,7 @@ def run(recipe: PretrainRecipe, talk: Talk, *, resume: bool = False, dry_run: bo
         "tokenizer": fingerprint(inputs.tokenizer),
         "template": template_hash(inputs.tokenizer),
     }
-    with Run.start(STAGE, out, dump_recipe(saved), resume=resume, **fields) as opened:
+    with Run.start(STAGE, out, saved, resume=resume, **fields) as opened:
         job = _job(recipe, inputs, model, train_rows, eval_rows, out)
         metrics = train(job, talk)
         _install(model, inputs.tokenizer, out)
@@ -136,12 +140,7 @@ def prepare(recipe: PretrainRecipe) -> Inputs:
         refuse_mismatch(tokenizer, spec.vocab_size or 0, source)
         # a family that cannot express the model would otherwise show at the first save
         write_config(LlmctlConfig.of(spec))
-    length = recipe.data.max_length or spec.max_position_embeddings
-    if length > spec.max_position_embeddings:
-        raise UserError(
-            f"data.max_length is {length}, but the model's max_position_embeddings is {spec.max_position_embeddings}",
-            "lower data.max_length, or give the model a longer context",
-        )
+    length = row_length(recipe.data.max_length, spec.max_position_embeddings, "data.max_length")
     return Inputs(tokenizer, spec, compute, length)
 
 
@@ -215,13 +214,6 @@ def _report(out: Path, inputs: Inputs, metrics: dict[str, Any]) -> str:
     return report_html(f"{STAGE} {out.name}", rows, metrics, samples)
 
 
-def _finished(out: Path) -> dict[str, Any] | None:
-    if not (out / MANIFEST).is_file():
-        return None
-    manifest = read_manifest(out)
-    return manifest.get("metrics", {}) if manifest.get("status") == "done" else None
-
-
 def _parents(recipe: PretrainRecipe) -> list[dict[str, Any]]:
     found = [("model", recipe.base), ("tokenizer", recipe.tokenizer)]
     return [parent(role, where) for role, where in found if where is not None]
@@ -238,8 +230,13 @@ def _refuse_other_tokenizer(recipe: PretrainRecipe, tokenizer: PreTrainedTokeniz
     """A model goes on with the tokenizer it was trained with: other ids would mean other words."""
     assert recipe.base is not None
     if recipe.tokenizer is None:
+        refuse_swapped_tokenizer(tokenizer, recipe.base)
         return
+    base = Path(recipe.base).expanduser()
+    if base.is_dir() and not (base / TOKENIZER).is_file():
+        return  # weights that came without a tokenizer: there is nothing to compare with
     theirs = load_tokenizer(recipe.base)
+    refuse_swapped_tokenizer(theirs, recipe.base)
     if fingerprint(theirs) != fingerprint(tokenizer):
         raise UserError(
             f"{recipe.tokenizer}: not the tokenizer that {recipe.base} was trained with",

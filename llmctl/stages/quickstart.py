@@ -79,16 +79,14 @@ def _tokenizer(setting: _Setting) -> tuple[str, str]:
 
 
 def _pretrain(setting: _Setting) -> tuple[str, str]:
-    result = _done(setting.base, setting.talk)
-    if result is None:
-        flags = {
-            "tokenizer": str(setting.words),
-            "out": str(setting.base),
-            "device": setting.device,
-            "train.seed": setting.seed,
-        }
-        recipe = load_recipe(PretrainRecipe, PRETRAIN_RECIPE, flags, [])
-        result = pretrain.run(recipe, setting.talk, resume=setting.base.exists())
+    flags = {
+        "tokenizer": str(setting.words),
+        "out": str(setting.base),
+        "device": setting.device,
+        "train.seed": setting.seed,
+    }
+    recipe = load_recipe(PretrainRecipe, PRETRAIN_RECIPE, flags, [])
+    result = pretrain.run(recipe, setting.talk, resume=setting.base.exists())
     size = total_parameters(load_config(setting.base).spec)
     return f"{size:,} parameters", f"{result.metrics['eval_bits_per_byte']:.3f} bits/byte on held-out text"
 

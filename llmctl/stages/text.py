@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from llmctl.evaluate.perplexity import Score, score
 from llmctl.kernels.device import Compute
 from llmctl.model import LlmctlForCausalLM, compile_blocks, recompute_activations
 from llmctl.recipe.schema import DataSection, TrainSection
-from llmctl.runs import Parent, folder_hash
+from llmctl.runs import MANIFEST, Parent, folder_hash, read_manifest
 from llmctl.talk import Talk
 from llmctl.tokenizer.load import encode_batch, fingerprint
+from llmctl.tokenizer.template import template_hash
+from llmctl.train.checkpoint import FOLDER
 
 
 def parent(role: str, where: str) -> dict[str, Any]:
@@ -46,6 +48,33 @@ def refuse_mismatch(tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: 
             f"{where}: the tokenizer needs {needed:,} rows, but the model has vocab_size {vocab_size:,}",
             "use the tokenizer the model was trained with",
         )
+
+
+def refuse_swapped_tokenizer(tokenizer: PreTrainedTokenizerFast, where: str) -> None:
+    """Raise UserError if a run folder, or a checkpoint in one, holds another tokenizer or template than it was made with."""
+    path = Path(where).expanduser().resolve()
+    run = path.parent.parent if path.parent.name == FOLDER else path
+    if not (run / MANIFEST).is_file():
+        return
+    manifest = read_manifest(run)
+    for name, found in (("tokenizer", fingerprint(tokenizer)), ("template", template_hash(tokenizer))):
+        # a template that is missing is said where one is needed
+        if name in manifest and found is not None and manifest[name] != found:
+            shown = "tokenizer" if name == "tokenizer" else "chat template"
+            raise UserError(
+                f"{where}: the {shown} is not the one this run was made with",
+                "copy it back from the run's parent, or from the folder's last checkpoint",
+            )
+
+
+def row_length(asked: int | None, longest: int, field: str) -> int:
+    """Tokens in a row: as asked, or all the model takes. Raises UserError if it takes fewer."""
+    if asked is not None and asked > longest:
+        raise UserError(
+            f"{field} is {asked}, but the model's max_position_embeddings is {longest}",
+            f"lower {field}, or give the model a longer context",
+        )
+    return asked or longest
 
 
 def highest_id(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -89,6 +118,7 @@ class TextRows:
             "rows": len(self.rows),
             "tokens": self.pieces.trained_tokens,
             "bytes": round(self.bytes()),
+            "cut": self.pieces.counts,
             "account": self.shards.account.to_json(),
         }
 
@@ -105,15 +135,22 @@ def text_rows(
     encoder = encoder_of(tokenizer)
     shards = open_shards(data.train, data.text_field, encoder, data.cache_dir, talk)
     pieces = cut(shards.doc_start, max_length, data.overlong, shards.where)
-    for line in [*shards.account.lines(), *pieces.lines(max_length)]:
-        talk.say(line)
+    tell(shards, pieces, max_length, talk)
     lay = partial(_laid, packing=data.packing, max_length=max_length)
     if data.eval:
         held = open_shards(data.eval, data.text_field, encoder, data.cache_dir, talk)
         held_pieces = cut(held.doc_start, max_length, data.overlong, held.where)
+        tell(held, held_pieces, max_length, talk)
         return lay(shards, pieces), lay(held, held_pieces)
     kept, held_out = split_holdout(pieces, data.eval_fraction, seed)
+    kept = replace(kept, counts=pieces.counts)  # what was cut was cut before the split
     return lay(shards, kept), lay(shards, held_out) if len(held_out) else None
+
+
+def tell(shards: Shards, pieces: Pieces, max_length: int, talk: Talk) -> None:
+    """Say what was read, kept, dropped and cut."""
+    for line in [*shards.account.lines(), *pieces.lines(max_length)]:
+        talk.say(line)
 
 
 def _laid(shards: Shards, pieces: Pieces, *, packing: bool, max_length: int) -> TextRows:
@@ -167,7 +204,9 @@ def score_rows(
         pad_id=pad_id_of(tokenizer),
         max_rows=max_rows,
     )
-    special = frozenset(tokenizer.all_special_ids)
+    # not the unknown token: it stands for text
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    special = frozenset(token for token in ends if token is not None)
     return score(model, batches, text.bytes(max_rows), special, compute)
 
 

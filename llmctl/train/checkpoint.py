@@ -65,6 +65,12 @@ def checkpoints(run: Path) -> list[Path]:
     return [path for path in _named(run) if _is_complete(path)]
 
 
+def clear_unfinished(run: Path) -> None:
+    """Delete what killed saves left behind; the caller holds the run's lock."""
+    for left in (run / FOLDER).glob(".tmp-step-*"):
+        shutil.rmtree(left)
+
+
 def _named(run: Path) -> list[Path]:
     folder = run / FOLDER
     found = [path for path in folder.iterdir() if NAME.match(path.name)] if folder.is_dir() else []

@@ -22,7 +22,13 @@ from llmctl.kernels.device import Compute, physical_cores
 from llmctl.recipe.schema import TrainSection
 from llmctl.runs import METRICS
 from llmctl.talk import Bar, Talk
-from llmctl.train.checkpoint import Progress, checkpoints, load_training_state, save_checkpoint
+from llmctl.train.checkpoint import (
+    Progress,
+    checkpoints,
+    clear_unfinished,
+    load_training_state,
+    save_checkpoint,
+)
 from llmctl.train.losses import Loss, trained_tokens
 from llmctl.train.optimizer import make_optimizer
 from llmctl.train.schedule import learning_rate
@@ -193,6 +199,7 @@ class _Training:
         save_checkpoint(self.job.folder, self.progress, self.optimizer, self.job.save, keep)
 
     def _restore(self) -> None:
+        clear_unfinished(self.job.folder)
         found = checkpoints(self.job.folder)
         if found:
             self.job.load(found[-1])
@@ -220,8 +227,8 @@ class _Training:
         )
         raise CheckFailed(
             f"{self.job.folder}: step {step}: {what}; {kept}",
-            f"lower train.learning_rate (now {self.settings.learning_rate:g}) or lengthen train.warmup_ratio; "
-            f"the rows of this step are in {DIVERGED}",
+            f"start a new run with a lower train.learning_rate (now {self.settings.learning_rate:g}) or a longer "
+            f"train.warmup_ratio; the rows of this step are in {DIVERGED}",
         )
 
     def _summary(self) -> dict[str, Any]:
@@ -239,7 +246,7 @@ class _Training:
 
 
 class _Window:
-    """Averages since the last metrics line, kept on the device so that no step waits for a number."""
+    """Sums since the last metrics line."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

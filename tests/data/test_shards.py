@@ -239,7 +239,7 @@ def test_errors_about_data_and_cache(data, cache, tmp_path):
     with pytest.raises(UserError) as caught:
         open_shards([data], "text", BYTES, tmp_path / "file", SILENT)
     assert caught.value.message == f"{tmp_path / 'file' / 'shards'}: cannot be a folder, a file is in its way"
-    assert caught.value.hint == "set data.cache_dir to a folder you can write"
+    assert caught.value.hint == "set data.cache_dir (for eval: eval.cache_dir) to a folder you can write"
 
 
 @pytest.mark.parametrize("act", ["mkdir", "read_text"])
@@ -252,7 +252,7 @@ def test_a_cache_without_permission(data, cache, monkeypatch, act):
         open_shards([data], "text", BYTES, cache, SILENT)
     assert caught.value.message.startswith(str(cache / "shards"))
     assert caught.value.message.endswith(": no permission to write")
-    assert caught.value.hint == "set data.cache_dir to a folder you can write"
+    assert caught.value.hint == "set data.cache_dir (for eval: eval.cache_dir) to a folder you can write"
 
 
 def test_ids_beyond_the_vocabulary_are_a_bug(data, cache):

@@ -51,6 +51,18 @@ def test_frozen_parts_get_no_gradient(frozen):
     assert (h.grad is not None) == (frozen == "head") and (w.grad is not None) == (frozen == "hidden")
 
 
+def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch):
+    h, w, labels = operands()
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", lambda self, *rest: asked.append(self) or self)
+    with torch.no_grad():
+        loss = linear_cross_entropy(h, w, labels)
+    torch.testing.assert_close(loss, linear_cross_entropy_reference(h, w, labels).detach())
+    assert not asked
+    linear_cross_entropy(h, w, labels)
+    assert asked
+
+
 def test_all_ignored_is_zero_with_zero_gradients():
     h, w, labels = operands(ignored=2)
     loss = linear_cross_entropy(h, w, labels)

@@ -195,6 +195,16 @@ def test_gradient_checkpointing_changes_nothing(model, cached):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+def test_sampling_during_training_with_checkpointing_remembers_its_past():
+    model = make("plain")
+    expected = model.generate(ids(1, 5), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    recompute_activations(model)
+    model.train()
+    assert torch.equal(
+        model.generate(ids(1, 5), max_new_tokens=8, do_sample=False, eos_token_id=None), expected
+    )
+
+
 def test_lora_reaches_every_linear_leaf(model):
     wanted = {leaf.name for leaf in leaves(model) if leaf.kind == "linear"}
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))

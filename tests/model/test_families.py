@@ -68,6 +68,25 @@ def test_packed_row_equals_separate_documents(pair):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_and_packed_at_once(pair, side):
+    """Positions that restart keep documents apart under a padding mask too."""
+    reference, ours = pair
+    lengths, padding = [13, LENGTH - 13], 5
+    x, zeros = ids(2, LENGTH), torch.zeros(2, padding, dtype=torch.long)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].expand(2, -1)
+    real = torch.ones_like(x)
+    padded = [
+        torch.cat((zeros, part) if side == "left" else (part, zeros), 1) for part in (x, positions, real)
+    ]
+    logits = ours(padded[0], position_ids=padded[1], attention_mask=padded[2]).logits
+    logits = logits[:, padding:] if side == "left" else logits[:, :-padding]
+    for row in range(2):
+        alone = [reference(part[None]).logits[0] for part in x[row].split(lengths)]
+        assert largest(logits[row], torch.cat(alone)) <= BOUND
+
+
+@torch.no_grad()
 def test_cached_decoding_equals_full_forward(pair):
     reference, ours = pair
     x = ids(2, LENGTH)
@@ -139,6 +158,13 @@ def test_a_new_model_is_saved_as_the_family_that_expresses_it(family, tmp_path):
 
 def test_every_family_has_cases():
     assert {model_type for model_type, _ in CASES.values()} == set(FAMILIES)
+
+
+def test_a_window_no_layer_uses_is_not_saved_for_all():
+    spec = ModelSection(vocab_size=97, num_hidden_layers=1, pattern=["full", "sliding"], sliding_window=4)
+    name, fields = write_config(LlmctlConfig.of(spec.model_copy(update={"family": "mistral"})))
+    assert name == "mistral" and fields.get("sliding_window") is None
+    assert read_config(fields, "x").spec.pattern == ["full"]
 
 
 REFUSED = {

@@ -25,7 +25,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "train: {max_step: 1}": ("train.max_step: unknown key", "did you mean `max_steps`?"),
     "foo: 1": (
         "foo: unknown key",
-        "known keys here: out, device, stage, base, tokenizer, model, data, train",
+        "known keys here: stage, out, device, base, tokenizer, model, data, train",
     ),
     "model: {hiden_size: 8}": ("model.hiden_size: unknown key", "did you mean `hidden_size`?"),
     "model: {norm: rmsnrom}": (

@@ -248,7 +248,7 @@ PERMISSIONS = {
     "cache": Bad(
         f"{NEW} data.cache_dir=locked/cache",
         "locked/cache: no permission to write",
-        "set data.cache_dir to a folder you can write",
+        "set data.cache_dir (for eval: eval.cache_dir) to a folder you can write",
     ),
 }
 
@@ -350,7 +350,7 @@ def test_full_disk(
 def lowered(rate: str) -> str:
     """The hint after a divergence."""
     return (
-        f"lower train.learning_rate (now {rate}) or lengthen train.warmup_ratio; "
+        f"start a new run with a lower train.learning_rate (now {rate}) or a longer train.warmup_ratio; "
         "the rows of this step are in diverged.json"
     )
 

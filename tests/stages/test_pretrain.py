@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmctl.lock import Lock
 from llmctl.model.checkpoint import load_model
-from llmctl.runs import Lock, folder_hash, read_manifest
+from llmctl.runs import folder_hash, read_manifest
 from tests.program import Program
 from tests.stages.bad_input import WEIGHTS, Bad, snapshot, told
 from tests.stages.conftest import DOCUMENTS, SMALL, TRAIN, VOCABULARY

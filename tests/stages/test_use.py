@@ -175,9 +175,11 @@ def test_quickstart_runs_twice(
 
     second = llmctl("quickstart")
     assert second.code == 0
-    for stage in ("tokenizer", "pretrain"):
-        assert f"runs/quickstart/{stage}: done before; kept\n" in second.err
+    assert "runs/quickstart/tokenizer: done before; kept\n" in second.err
+    assert "runs/quickstart/pretrain: this run is done; nothing to resume\n" in second.err
     assert snapshot(here) == before
+    other = llmctl("quickstart", "--seed", "5")
+    assert other.code == 1 and "train.seed was 0 when the run began, and is 5 now" in other.err
     lines = second.out.splitlines()
     assert lines[0].split() == ["stage", "time", "size", "result"]
     assert [line.split()[0] for line in lines[1 : 1 + len(quickstart.STEPS)]] == list(quickstart.STEPS)

@@ -209,7 +209,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
         train(bad, SILENT)
     assert caught.value.exit_code == 3
     assert "step 8: loss is nan; the last good checkpoint is step-000006" in caught.value.message
-    assert "lower train.learning_rate (now 0.001)" in caught.value.hint
+    assert "start a new run with a lower train.learning_rate (now 0.001)" in caught.value.hint
     assert [path.name for path in checkpoints(tmp_path / "nan")] == ["step-000003", "step-000006"]
     dump = json.loads((tmp_path / "nan" / DIVERGED).read_text())
     assert dump["step"] == 8 and len(dump["input_ids"]) == 4
@@ -231,6 +231,16 @@ def test_old_checkpoints_are_deleted_and_damaged_ones_passed_over(tmp_path):
         file.truncate(100)
     (found[-2] / "state.json").unlink()
     assert checkpoints(tmp_path / "a") == found[:1]
+
+
+def test_what_a_killed_save_left_is_cleared_on_resume(tmp_path):
+    train(job(tmp_path / "a", max_steps=2), SILENT)
+    (tmp_path / "a" / "checkpoints" / ".tmp-step-000001-abc").mkdir()
+    train(job(tmp_path / "a", max_steps=4), SILENT)
+    assert {path.name for path in (tmp_path / "a" / "checkpoints").iterdir()} == {
+        "step-000002",
+        "step-000004",
+    }
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path):
