@@ -238,7 +238,7 @@ def test_what_a_killed_save_left_is_cleared_on_resume(tmp_path):
     (tmp_path / "a" / "checkpoints" / ".tmp-step-000001-abc").mkdir()
     train(job(tmp_path / "a", max_steps=4), SILENT)
     assert {path.name for path in (tmp_path / "a" / "checkpoints").iterdir()} == {
-        "step-000002",
+        "step-000003",
         "step-000004",
     }
 
