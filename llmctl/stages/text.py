@@ -187,6 +187,12 @@ def pad_id_of(tokenizer: PreTrainedTokenizerFast) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
+def textless_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """Tokens that stand for no text: beginning, end and padding. The unknown token stands for some."""
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return frozenset(token for token in ids if token is not None)
+
+
 def score_rows(
     model: LlmctlForCausalLM,
     text: TextRows,
@@ -204,9 +210,7 @@ def score_rows(
         pad_id=pad_id_of(tokenizer),
         max_rows=max_rows,
     )
-    # not the unknown token: it stands for text
-    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    special = frozenset(token for token in ends if token is not None)
+    special = textless_ids(tokenizer)
     return score(model, batches, text.bytes(max_rows), special, compute)
 
 
