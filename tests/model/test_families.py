@@ -21,8 +21,8 @@ BOUND = 1e-4
 
 
 def largest(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference of logits, relative to the largest logit."""
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1))
+    """Largest difference; the logits of these models reach 5 to 6."""
+    return float((a - b).abs().max())
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -130,7 +130,8 @@ def test_gradients_equal(pair):
     ours(x, labels=x, skip_logits=True).loss.backward()
     expected = dict(reference.named_parameters())
     for name, weight in ours.named_parameters():
-        assert largest(weight.grad, expected[name].grad) <= 5 * BOUND, name
+        scale = float(expected[name].grad.abs().max().clamp(min=1))
+        assert largest(weight.grad, expected[name].grad) <= 5 * BOUND * scale, name
 
 
 SPECS = {
