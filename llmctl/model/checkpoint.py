@@ -17,7 +17,7 @@ from llmctl.errors import UserError
 from llmctl.files import read_json
 from llmctl.locate import locate
 from llmctl.model.config import LlmctlConfig
-from llmctl.model.families import FAMILIES, read_config
+from llmctl.model.families import CARRIED, FAMILIES, config_in
 from llmctl.model.hf import LlmctlForCausalLM
 from llmctl.model.init import initialize
 from llmctl.model.keymap import Rule, load_one, to_core
@@ -56,7 +56,7 @@ def load_model(
             safetensors or was cut short, tensors that are missing, unexpected or of another shape.
     """
     folder = locate(str(where), FILES)
-    config = _config_in(folder)
+    config = config_in(folder)
     name = config.spec.family
     model = _empty(config)
     with ExitStack() as stack:
@@ -69,7 +69,7 @@ def load_model(
 
 def load_config(where: str | Path) -> LlmctlConfig:
     """The config of a model, without its weights. Raises UserError as `load_model` does."""
-    return _config_in(locate(str(where), FILES))
+    return config_in(locate(str(where), FILES))
 
 
 @torch.no_grad()
@@ -93,10 +93,6 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
             logging.enable_progress_bar()
 
 
-def _config_in(folder: Path) -> LlmctlConfig:
-    return read_config(read_json(folder / "config.json"), str(folder / "config.json"))
-
-
 def _empty(config: LlmctlConfig) -> LlmctlForCausalLM:
     with torch.device("meta"):
         return LlmctlForCausalLM(config)
@@ -106,7 +102,7 @@ def _generation_config(folder: Path, config: LlmctlConfig) -> GenerationConfig:
     path = folder / "generation_config.json"
     if path.is_file():
         return GenerationConfig.from_dict(read_json(path))
-    ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {key: getattr(config, key, None) for key in CARRIED}
     return GenerationConfig(**ids)
 
 

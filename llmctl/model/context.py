@@ -97,11 +97,11 @@ def plain_context(length: int, past: int = 0, device: torch.device | str = "cpu"
 def packed_context(position_ids: Tensor, by_span: bool = True) -> Context:
     """Rows [B, T] in which several documents follow each other.
 
-    `by_span` lets attention take the documents one by one; False leaves it the mask, whose shape does not
-    depend on where documents end, as a compiled block needs.
-
     A position that is not one more than the one before it begins a new document (and every row
-    does). Documents are isolated from each other. Reads the positions on the host once.
+    does). Documents are isolated from each other.
+
+    `by_span` lets attention take the documents one by one, and reads the positions on the host once;
+    False leaves it the mask, whose shape does not depend on where documents end, as a compiled block needs.
     """
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
 from llmctl.errors import UserError, one_of
+from llmctl.files import read_json
 from llmctl.model.config import MODEL_TYPE, LlmctlConfig
 from llmctl.model.keymap import Rule
 from llmctl.model.positions import ROPE_TYPES
@@ -139,6 +141,12 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2", _read_qwen2, _write_qwen2),
     "qwen3": Family("Qwen3", _read_qwen3, _write_qwen3),
 }
+
+
+def config_in(folder: Path) -> LlmctlConfig:
+    """The config of a model folder. Raises UserError as `read_json` and `read_config` do."""
+    path = folder / "config.json"
+    return read_config(read_json(path), str(path))
 
 
 def read_config(raw: dict[str, Any], where: str) -> LlmctlConfig:

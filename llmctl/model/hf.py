@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from llmctl.files import read_json, write_json
+from llmctl.files import write_json
 from llmctl.kernels.cross_entropy import IGNORE, linear_cross_entropy
 from llmctl.locate import locate
 from llmctl.model import families
@@ -67,7 +67,7 @@ class LlmctlPreTrainedModel(PreTrainedModel):
         """
         if config is None:
             folder = locate(str(where), ["*.json", "*.safetensors"])
-            config = families.read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+            config = families.config_in(folder)
             where = folder
         return super().from_pretrained(where, *args, config=config, **kwargs)
 
@@ -117,9 +117,10 @@ class LlmctlModel(LlmctlPreTrainedModel, Stack):
         Args:
             input_ids: [B, T], or `inputs_embeds` [B, T, E].
             attention_mask: [B, S], 1 at real tokens; S counts cached tokens too.
-            position_ids: [B, T]. Without a mask and a cache, positions that restart within a row
-                begin a new document, which sees nothing of the ones before it.
-            past_key_values: a transformers cache, extended in place.
+            position_ids: [B, T]. Without cached tokens, positions that restart within a row begin a
+                new document, which sees nothing of the ones before it.
+            past_key_values: a transformers cache, extended in place; only read, and not returned,
+                where activations are recomputed in the backward pass.
             use_cache: make a cache if none is given. Unset means no.
             kwargs: other libraries' hints, such as `cu_seq_lens_q`; positions already say the same.
 
@@ -142,17 +143,16 @@ class LlmctlModel(LlmctlPreTrainedModel, Stack):
         out = self.run(x, ctx, states, call, hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=out,
-            past_key_values=past_key_values,
+            past_key_values=None if recompute else past_key_values,
             hidden_states=None if hidden is None else tuple(hidden),
         )
 
     def _states(self, cache: Cache, frozen: bool) -> list[KeyValueState]:
         if not frozen:
             return [CacheState(cache, layer) for layer in range(len(self.layers))]
-        return [
-            FixedPast(getattr(layer, "keys", None), getattr(layer, "values", None))
-            for layer in cache.layers[: len(self.layers)]
-        ] or [FixedPast(None, None) for _ in self.layers]
+        # a new cache may have no layers yet
+        held = cache.layers or [FixedPast(None, None)] * len(self.layers)
+        return [FixedPast(layer.keys, layer.values) for layer in held]
 
 
 def _context(

@@ -100,6 +100,6 @@ WORDS: dict[str, str] = {
     "eval.max_length": "tokens in a row; max_position_embeddings when unset",
     "eval.batch_size": "rows in one forward pass",
     "eval.max_rows": "score only the first rows",
-    "eval.dtype": "precision of compute",
+    "eval.dtype": "precision of weights and compute",
     "eval.cache_dir": "folder for token shards, shared between runs",
 }

@@ -38,13 +38,9 @@ def run(recipe: EvalRecipe, talk: Talk) -> dict[str, Any]:
     compute = pick_compute(recipe.device, settings.dtype, "eval.dtype")
     load_config(recipe.base)  # a broken config.json would look like a broken tokenizer
     tokenizer = load_tokenizer(recipe.base)
-    model = load_model(recipe.base, device=compute.device)
+    model = load_model(recipe.base, compute.dtype, compute.device)
     refuse_mismatch(tokenizer, model.config.vocab_size, recipe.base)
     refuse_swapped_tokenizer(tokenizer, recipe.base)
-    if compute.dtype == model.dtype or compute.device.type != "cpu":
-        model = model.to(compute.dtype)
-    else:
-        model = model.float()
     length = row_length(settings.max_length, model.config.max_position_embeddings, "eval.max_length")
     shards = open_shards(settings.data, settings.text_field, encoder_of(tokenizer), settings.cache_dir, talk)
     pieces = cut(shards.doc_start, length, "split", shards.where)

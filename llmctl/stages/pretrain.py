@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+import torch
+from transformers import PreTrainedTokenizerFast
 
 from llmctl.errors import UserError
 from llmctl.files import folder_atomic, sync_folder, write_atomic
@@ -146,14 +147,11 @@ def prepare(recipe: PretrainRecipe) -> Inputs:
 
 def build_model(recipe: PretrainRecipe, inputs: Inputs) -> LlmctlForCausalLM:
     """The model to train: float32 weights on the run's device, `base` or fresh from the seed."""
-    import torch
-
-    ids = token_ids(inputs.tokenizer, stop_ids(inputs.tokenizer))
     if recipe.base is not None:
         model = load_model(recipe.base, torch.float32)
     else:
+        ids = token_ids(inputs.tokenizer, stop_ids(inputs.tokenizer))
         model = new_model(inputs.spec, recipe.train.seed, **ids)
-        model.generation_config = GenerationConfig(**ids)
     return for_training(model, recipe.train, inputs.compute)
 
 
@@ -234,7 +232,9 @@ def _refuse_other_tokenizer(recipe: PretrainRecipe, tokenizer: PreTrainedTokeniz
         return
     base = Path(recipe.base).expanduser()
     if base.is_dir() and not (base / TOKENIZER).is_file():
-        return  # weights that came without a tokenizer: there is nothing to compare with
+        # weights that came without a tokenizer: only a manifest, if there is one, can tell
+        refuse_swapped_tokenizer(tokenizer, recipe.base)
+        return
     theirs = load_tokenizer(recipe.base)
     refuse_swapped_tokenizer(theirs, recipe.base)
     if fingerprint(theirs) != fingerprint(tokenizer):

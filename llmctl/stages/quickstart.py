@@ -22,7 +22,6 @@ from llmctl.stages.text import completion_pairs
 from llmctl.talk import Talk
 from llmctl.tokenizer.load import load_tokenizer
 
-WORLD = "builtin:tinyworld"
 TOKENIZER_RECIPE, PRETRAIN_RECIPE = "quickstart-tokenizer", "quickstart-pretrain"
 
 

@@ -50,7 +50,8 @@ class Job:
     """What the loop is given.
 
     Attributes:
-        evaluate: metrics of the model as it stands, names without `eval_`; None to skip evaluation.
+        evaluate: metrics of the model as it stands, names without `eval_`, in a precision of its own
+            choice; None to skip evaluation.
         save: write the model's files into a folder.
         load: read them back from a checkpoint.
     """
@@ -110,7 +111,6 @@ class _Training:
         stop = threading.Event()
         with _signals(stop), self.talk.bar("training", self.steps, "steps") as bar:
             bar.advance(self.progress.step)
-            saved = self.progress.step
             while self.progress.step < self.steps:
                 self._step()
                 self._report(bar)
@@ -121,10 +121,9 @@ class _Training:
                     or stop.is_set()
                 ):
                     self._save()
-                    saved = done
                 if stop.is_set() and done < self.steps:
                     raise Interrupted(
-                        f"{self.job.folder}: interrupted at step {saved} of {self.steps}; the state was saved",
+                        f"{self.job.folder}: interrupted at step {done} of {self.steps}; the state was saved",
                         "run the same command with --resume to go on",
                     )
         return self._summary()
@@ -186,7 +185,7 @@ class _Training:
     def _evaluated(self) -> dict[str, float]:
         assert self.job.evaluate is not None
         self.job.model.eval()
-        with torch.no_grad(), self.job.compute.autocast():
+        with torch.no_grad():
             return self.job.evaluate()
 
     def _log(self, row: dict[str, Any]) -> None:
