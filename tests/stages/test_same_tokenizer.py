@@ -70,7 +70,19 @@ def test_a_base_without_a_tokenizer_goes_on_with_the_one_given(stocked: Path, ll
 def test_a_manifest_remembers_the_tokenizer_that_a_base_lost(stocked: Path, llmctl: Program) -> None:
     other_tokenizer(stocked / "tok")
     (stocked / "base" / "tokenizer.json").unlink()
-    ended = llmctl(*"pretrain base --tokenizer tok --data data.jsonl --out on train.max_steps=1".split())
+    ended = llmctl(
+        *[
+            "pretrain",
+            "base",
+            "--tokenizer",
+            "tok",
+            "--data",
+            "data.jsonl",
+            "--out",
+            "on",
+            "train.max_steps=1",
+        ]
+    )
     assert ended.code == 1
     assert "error: base: the tokenizer is not the one this run was made with\n" in ended.err
 
