@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from llmctl.recipe import model, schema
+from llmctl.recipe import model, schema, train
 from llmctl.recipe.load import check_file
 from llmctl.recipe.schema import RECIPES
 from llmctl.recipe.words import WORDS
@@ -21,10 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "recipes").iterdir())
 
 # Choices that a page explains, by the name of their type.
-CHOICES: dict[str, Any] = {
-    name: getattr(model, name)
-    for name in ("Family", "Norm", "Position", "Attention", "Pattern", "Ffn", "AttentionBias")
-} | {name: getattr(schema, name) for name in ("TokenizerKind", "Schedule", "Overlong")}
+CHOICES: dict[str, Any] = (
+    {
+        name: getattr(model, name)
+        for name in ("Family", "Norm", "Position", "Attention", "Pattern", "Ffn", "AttentionBias")
+    }
+    | {name: getattr(schema, name) for name in ("TokenizerKind", "Overlong")}
+    | {"Schedule": train.Schedule}
+)
 
 
 def generator() -> ModuleType:

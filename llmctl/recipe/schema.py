@@ -8,11 +8,10 @@ from pydantic import Field, model_validator
 
 from llmctl.recipe.base import Section, about
 from llmctl.recipe.model import ModelSection
+from llmctl.recipe.train import Dtype, StepsSection
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Overlong = Literal["error", "drop", "truncate", "split"]
-Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
 TokenizerKind = Literal["byte-bpe"]
 CACHE_DIR = "~/.cache/llmctl"
 
@@ -31,33 +30,12 @@ class DataSection(Section):
     cache_dir: str = about("data.cache_dir", CACHE_DIR)
 
 
-class TrainSection(Section):
-    """`train.*`: the settings of the one training loop."""
+class TrainSection(StepsSection):
+    """`train.*` of the one training loop."""
 
-    max_steps: int | None = about("train.max_steps", None, ge=1)
-    num_train_epochs: float = about("train.num_train_epochs", 1.0, gt=0)
-    per_device_train_batch_size: int = about("train.per_device_train_batch_size", 16, ge=1)
-    per_device_eval_batch_size: int = about("train.per_device_eval_batch_size", 16, ge=1)
-    gradient_accumulation_steps: int = about("train.gradient_accumulation_steps", 1, ge=1)
     learning_rate: float = about("train.learning_rate", 1e-3, gt=0)
-    lr_scheduler_type: Schedule = about("train.lr_scheduler_type", "cosine")
-    warmup_ratio: float = about("train.warmup_ratio", 0.02, ge=0, lt=1)
-    min_lr_ratio: float = about("train.min_lr_ratio", 0.1, ge=0, le=1)
-    weight_decay: float = about("train.weight_decay", 0.1, ge=0)
-    adam_beta1: float = about("train.adam_beta1", 0.9, ge=0, lt=1)
-    adam_beta2: float = about("train.adam_beta2", 0.95, ge=0, lt=1)
-    adam_epsilon: float = about("train.adam_epsilon", 1e-8, gt=0)
-    max_grad_norm: float = about("train.max_grad_norm", 1.0, gt=0)
-    seed: int = about("train.seed", 0, ge=0)
-    dtype: Dtype = about("train.dtype", "auto")
-    gradient_checkpointing: bool = about("train.gradient_checkpointing", False)
     torch_compile: bool = about("train.torch_compile", False)
-    threads: int | None = about("train.threads", None, ge=1)
-    logging_steps: int = about("train.logging_steps", 10, ge=1)
-    eval_steps: int | None = about("train.eval_steps", None, ge=1)
     eval_max_rows: int | None = about("train.eval_max_rows", None, ge=1)
-    save_steps: int | None = about("train.save_steps", None, ge=1)
-    save_total_limit: int = about("train.save_total_limit", 2, ge=1)
 
 
 class StageRecipe(Section):

@@ -12,7 +12,8 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from llmctl.model.checkpoint import new_model
 from llmctl.recipe.model import ModelSection
-from llmctl.recipe.schema import Schedule, TrainSection
+from llmctl.recipe.schema import TrainSection
+from llmctl.recipe.train import Schedule
 from llmctl.train.optimizer import make_optimizer
 from llmctl.train.schedule import SCHEDULES, learning_rate
 
