@@ -26,7 +26,7 @@ import torch
 from timing import compare, line, options, report, speedups, summary
 from torch import Tensor
 
-from llmctl.data.batches import Batches
+from llmctl.data.batches import Batches, Laid
 from llmctl.data.packing import cut, pack
 from llmctl.kernels.attention import PATHS, Visibility, attend
 from llmctl.model.context import packed_context
@@ -63,9 +63,7 @@ def positions(given: argparse.Namespace) -> Tensor:
     starts = np.concatenate([[0], np.cumsum(lengths)])
     pieces = cut(starts, given.length, "split")
     data = Batches(
-        np.zeros(starts[-1], dtype=np.uint16),
-        pieces,
-        pack(pieces.length, given.length),
+        Laid(np.zeros(starts[-1], dtype=np.uint16), pieces, pack(pieces.length, given.length)),
         max_length=given.length,
         batch_size=given.rows,
         accumulation=1,

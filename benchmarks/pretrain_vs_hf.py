@@ -28,7 +28,7 @@ import torch
 from timing import interleaved, options, ratio, report, summary
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from llmctl.data.batches import Batches
+from llmctl.data.batches import Batches, Laid
 from llmctl.data.packing import cut, pack
 from llmctl.kernels.device import Compute, pick_compute
 from llmctl.model import LlmctlForCausalLM, compile_blocks
@@ -58,9 +58,7 @@ def batches(rows_per_batch: int) -> Batches:
     ids, starts = rows(0, 3000, LENGTH)
     pieces = cut(starts, LENGTH, "split")
     return Batches(
-        ids,
-        pieces,
-        pack(pieces.length, LENGTH),
+        Laid(ids, pieces, pack(pieces.length, LENGTH)),
         max_length=LENGTH,
         batch_size=rows_per_batch,
         accumulation=1,

@@ -28,6 +28,7 @@ from llmctl.lock import LOCK, Lock
 MANIFEST = "run.json"
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
 RUNS = Path("runs")
 
 # Files whose bytes are the run's result; together they give the run its hash.
@@ -131,6 +132,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def run_of(path: Path) -> dict[str, Any] | None:
+    """The manifest of the run that a folder is, or is a checkpoint of; None if it is neither."""
+    path = path.expanduser().resolve()
+    run = path.parent.parent if path.parent.name == CHECKPOINTS else path
+    return read_manifest(run) if (run / MANIFEST).is_file() else None
+
+
 def output_hashes(path: Path) -> dict[str, str]:
     """SHA-256 of every result file directly in a model, tokenizer or run folder."""
     return {
@@ -165,7 +173,7 @@ def find_runs(root: Path = RUNS) -> Iterator[Path]:
     if not root.is_dir():
         return
     for folder, names, files in os.walk(root):
-        names[:] = sorted(n for n in names if n != "checkpoints" and not n.startswith("."))
+        names[:] = sorted(n for n in names if n != CHECKPOINTS and not n.startswith("."))
         if MANIFEST in files:
             yield Path(folder)
 

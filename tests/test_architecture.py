@@ -49,8 +49,6 @@ LONG_FUNCTIONS: dict[str, int] = {}
 MANY_PARAMETERS: dict[str, int] = {
     # transformers, PEFT and TRL look for these names in the signature
     "llmctl/model/hf.py::LlmctlForCausalLM.forward": 10,
-    # the data, and then one keyword a setting
-    "llmctl/data/batches.py::Batches.__init__": 10,
 }
 
 

@@ -5,7 +5,8 @@ Nothing is remembered between steps, so a resumed run needs its step and nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,11 +20,37 @@ FEWEST_DOCUMENTS = 20  # with fewer, held-out text is the tail of the data inste
 Batch = dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Laid:
+    """Token ids, the pieces of them that are trained as they stand, and the rows the pieces lie in.
+
+    Args:
+        ids: token ids of the data set [N], any integer type; may be memory-mapped.
+        trained: bool [N], the places that are labels; None where all are. A piece's first never is.
+    """
+
+    ids: np.ndarray
+    pieces: Pieces
+    rows: Rows
+    trained: np.ndarray | None = None
+
+    @property
+    def trained_tokens(self) -> int:
+        """Labels in all rows."""
+        pieces = self.pieces.take(self.rows.pieces)
+        return pieces.trained_tokens if self.trained is None else int(labels_of(pieces, self.trained).sum())
+
+
+def labels_of(pieces: Pieces, trained: np.ndarray) -> np.ndarray:
+    """Labels in each piece, int64 [P]: the trained places, but never a piece's first."""
+    before = np.concatenate([[0], np.cumsum(trained)])
+    return before[pieces.start + pieces.length] - before[pieces.start + 1]
+
+
 class Batches:
     """The rows of a data set as micro-batches, epoch after epoch, each epoch in another order.
 
     Args:
-        shards_ids: token ids of the data set [N], any integer type; may be memory-mapped.
         batch_size: rows in a micro-batch.
         accumulation: micro-batches in an optimizer step.
         seed: of the order; the order depends on nothing else but the epoch.
@@ -35,11 +62,9 @@ class Batches:
         ValueError: there is no row, or a row is longer than max_length.
     """
 
-    def __init__(  # noqa: PLR0913 - one argument a setting, all but three by name
+    def __init__(
         self,
-        shards_ids: np.ndarray,
-        pieces: Pieces,
-        rows: Rows,
+        laid: Laid,
         *,
         max_length: int,
         batch_size: int,
@@ -49,12 +74,13 @@ class Batches:
         shuffle: bool = True,
         isolate: bool = True,
     ) -> None:
+        pieces, rows = laid.pieces, laid.rows
         if not len(rows):
             raise ValueError("no rows")
         longest = int(np.add.reduceat(pieces.length[rows.pieces], rows.offsets[:-1]).max())
         if longest > max_length:
             raise ValueError(f"a row of {longest} tokens, max_length={max_length}")
-        self._ids, self._pieces, self._rows = shards_ids, pieces, rows
+        self._laid = laid
         self._batch_size, self._accumulation = batch_size, accumulation
         self._seed, self._shuffle = seed, shuffle
         self._pad_id, self._isolate = pad_id, isolate
@@ -63,12 +89,12 @@ class Batches:
     @property
     def rows(self) -> int:
         """Rows in an epoch."""
-        return len(self._rows)
+        return len(self._laid.rows)
 
     @property
     def trained_tokens(self) -> int:
         """Labels in an epoch."""
-        return self._pieces.take(self._rows.pieces).trained_tokens
+        return self._laid.trained_tokens
 
     @property
     def steps_per_epoch(self) -> int:
@@ -84,11 +110,7 @@ class Batches:
         chosen = self._order(epoch)[place * per_step : (place + 1) * per_step]
         return [
             collate(
-                self._ids,
-                self._pieces,
-                [self._rows[row] for row in chosen[at : at + self._batch_size]],
-                pad_id=self._pad_id,
-                isolate=self._isolate,
+                self._laid, chosen[at : at + self._batch_size], pad_id=self._pad_id, isolate=self._isolate
             )
             for at in range(0, len(chosen), self._batch_size)
         ]
@@ -101,24 +123,16 @@ class Batches:
         return self._last[1]
 
 
-def collate(
-    shards_ids: np.ndarray,
-    pieces: Pieces,
-    rows: Sequence[np.ndarray],
-    *,
-    pad_id: int,
-    isolate: bool = True,
-) -> Batch:
-    """One micro-batch, padded on the right to its longest row.
-
-    Args:
-        rows: the pieces of each row, by index.
+def collate(laid: Laid, chosen: Iterable[int], *, pad_id: int, isolate: bool = True) -> Batch:
+    """One micro-batch of the `chosen` rows, padded on the right to its longest row.
 
     Returns:
         input_ids [B, T] int64; labels [B, T] int64, in the places of input_ids (the model shifts them),
-        -100 at the first token of every piece and at padding; position_ids [B, T] int64, from 0 at
-        every piece (at every row if not `isolate`) and from 0 again at padding.
+        -100 at places that are not trained, at the first token of every piece and at padding;
+        position_ids [B, T] int64, from 0 at every piece (at every row if not `isolate`) and from 0
+        again at padding.
     """
+    pieces, rows = laid.pieces, [laid.rows[row] for row in chosen]
     lengths = [int(pieces.length[row].sum()) for row in rows]
     shape = (len(rows), max(lengths))
     input_ids = np.full(shape, pad_id, dtype=np.int64)
@@ -127,8 +141,12 @@ def collate(
     for number, (row, filled) in enumerate(zip(rows, lengths, strict=True)):
         at = 0
         for start, length in zip(pieces.start[row].tolist(), pieces.length[row].tolist(), strict=True):
-            input_ids[number, at : at + length] = shards_ids[start : start + length]
-            labels[number, at + 1 : at + length] = input_ids[number, at + 1 : at + length]
+            place = slice(at, at + length)
+            input_ids[number, place] = laid.ids[start : start + length]
+            labels[number, place] = input_ids[number, place]
+            if laid.trained is not None:
+                labels[number, place][~laid.trained[start : start + length]] = IGNORE
+            labels[number, at] = IGNORE
             if isolate:
                 position_ids[number, at : at + length] = np.arange(length)
             at += length
@@ -143,20 +161,12 @@ def collate(
 
 
 def eval_batches(
-    shards_ids: np.ndarray,
-    pieces: Pieces,
-    rows: Rows,
-    *,
-    batch_size: int,
-    pad_id: int,
-    max_rows: int | None = None,
-    isolate: bool = True,
+    laid: Laid, *, batch_size: int, pad_id: int, max_rows: int | None = None, isolate: bool = True
 ) -> Iterator[Batch]:
     """Every row once, in order, for evaluation; only the first `max_rows` if that is given."""
-    count = len(rows) if max_rows is None else min(max_rows, len(rows))
+    count = len(laid.rows) if max_rows is None else min(max_rows, len(laid.rows))
     for at in range(0, count, batch_size):
-        chosen = [rows[row] for row in range(at, min(at + batch_size, count))]
-        yield collate(shards_ids, pieces, chosen, pad_id=pad_id, isolate=isolate)
+        yield collate(laid, range(at, min(at + batch_size, count)), pad_id=pad_id, isolate=isolate)
 
 
 def split_holdout(pieces: Pieces, fraction: float, seed: int) -> tuple[Pieces, Pieces]:

@@ -184,6 +184,8 @@ class LlmctlForCausalLM(LlmctlPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = LlmctlModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # set by a pass that wraps the head but keeps `weight` all that it computes with
+        self.head_reads_as_matrix = False
         self.post_init()
 
     def forward(  # noqa: PLR0913  (the names transformers, PEFT and TRL pass)
@@ -220,7 +222,8 @@ class LlmctlForCausalLM(LlmctlPreTrainedModel, GenerationMixin):
         )
         hidden = out.last_hidden_state
         logits = loss = None
-        if labels is not None and skip_logits and type(self.lm_head) is nn.Linear:
+        whole = type(self.lm_head) is nn.Linear or self.head_reads_as_matrix
+        if labels is not None and skip_logits and whole:
             shifted = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
             loss = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, shifted.flatten())
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from llmctl.data.batches import Batch, Batches, eval_batches, split_holdout
+from llmctl.data.batches import Batches, Laid, eval_batches, split_holdout
 from llmctl.data.packing import Pieces, Rows, cut, pack, text_bytes, unpacked
 from llmctl.data.shards import Encoder, Shards, open_shards
 from llmctl.errors import UserError
@@ -18,11 +17,10 @@ from llmctl.evaluate.perplexity import Score, score
 from llmctl.kernels.device import Compute
 from llmctl.model import LlmctlForCausalLM, compile_blocks, recompute_activations
 from llmctl.recipe.schema import DataSection, TrainSection
-from llmctl.runs import MANIFEST, Parent, folder_hash, read_manifest
+from llmctl.runs import Parent, folder_hash, run_of
 from llmctl.talk import Talk
 from llmctl.tokenizer.load import encode_batch, fingerprint
 from llmctl.tokenizer.template import template_hash
-from llmctl.train.checkpoint import FOLDER
 
 
 def parent(role: str, where: str) -> dict[str, Any]:
@@ -52,11 +50,9 @@ def refuse_mismatch(tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: 
 
 def refuse_swapped_tokenizer(tokenizer: PreTrainedTokenizerFast, where: str) -> None:
     """Raise UserError if a run folder, or a checkpoint in one, holds another tokenizer or template than it was made with."""
-    path = Path(where).expanduser().resolve()
-    run = path.parent.parent if path.parent.name == FOLDER else path
-    if not (run / MANIFEST).is_file():
+    manifest = run_of(Path(where))
+    if manifest is None:
         return
-    manifest = read_manifest(run)
     for name, found in (("tokenizer", fingerprint(tokenizer)), ("template", template_hash(tokenizer))):
         # a template that is missing is said where one is needed
         if name in manifest and found is not None and manifest[name] != found:
@@ -101,6 +97,11 @@ class TextRows:
     pieces: Pieces
     rows: Rows
     max_length: int
+
+    @property
+    def laid(self) -> Laid:
+        """The rows without where they came from."""
+        return Laid(self.shards.ids, self.pieces, self.rows)
 
     def bytes(self, max_rows: int | None = None) -> float:
         """UTF-8 bytes that the labels of the first `max_rows` rows stand for."""
@@ -161,9 +162,7 @@ def _laid(shards: Shards, pieces: Pieces, *, packing: bool, max_length: int) -> 
 def training_batches(text: TextRows, data: DataSection, train: TrainSection, pad_id: int) -> Batches:
     """Rows as the loop takes them."""
     return Batches(
-        text.shards.ids,
-        text.pieces,
-        text.rows,
+        text.laid,
         max_length=text.max_length,
         batch_size=train.per_device_train_batch_size,
         accumulation=train.gradient_accumulation_steps,
@@ -202,13 +201,8 @@ def score_rows(
     max_rows: int | None = None,
 ) -> Score:
     """Score a model on rows; every document's tokens are predicted from that document alone."""
-    batches: Iterator[Batch] = eval_batches(
-        text.shards.ids,
-        text.pieces,
-        text.rows,
-        batch_size=batch_size,
-        pad_id=pad_id_of(tokenizer),
-        max_rows=max_rows,
+    batches = eval_batches(
+        text.laid, batch_size=batch_size, pad_id=pad_id_of(tokenizer), max_rows=max_rows
     )
     special = textless_ids(tokenizer)
     return score(model, batches, text.bytes(max_rows), special, compute)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from tokenizers import Encoding, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llmctl.errors import UserError
@@ -58,13 +61,29 @@ def encode_batch(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[l
     A document that happens to contain `<|eos|>` gets the ids of those seven characters, not the
     special token, so data cannot end a sequence or forge a turn.
     """
+    with _as_it_is(tokenizer, special=False) as backend:
+        return [encoded.ids for encoded in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def encodings(tokenizer: PreTrainedTokenizerFast, texts: list[str], *, special: bool) -> list[Encoding]:
+    """As `encode_batch`, with the place of every token in its text.
+
+    `special` says whether a special token spelled out in a text is that token, as in a rendered template.
+    """
+    with _as_it_is(tokenizer, special) as backend:
+        return backend.encode_batch(texts, add_special_tokens=False)
+
+
+@contextmanager
+def _as_it_is(tokenizer: PreTrainedTokenizerFast, special: bool) -> Iterator[Tokenizer]:
+    """The backend, set to cut and pad nothing; afterwards it is as it was."""
     backend = tokenizer.backend_tokenizer
     before = backend.encode_special_tokens, backend.truncation, backend.padding
-    backend.encode_special_tokens = True
+    backend.encode_special_tokens = not special
     backend.no_truncation()
     backend.no_padding()
     try:
-        return [encoded.ids for encoded in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        yield backend
     finally:
         backend.encode_special_tokens = before[0]
         if before[1] is not None:

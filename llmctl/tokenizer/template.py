@@ -9,32 +9,75 @@ from transformers import PreTrainedTokenizerFast
 
 from llmctl.tokenizer.kinds import TURN_END, TURN_START
 
-# ChatML. The `generation` marks enclose what the assistant writes: content and end of turn.
-# Content is trimmed because white space at its edge would fuse with the line break before it, and
-# the ids of a rendered prompt would no longer begin the ids of the rendered conversation.
+# Content is trimmed because white space at its edge would fuse with the line break before it, and the
+# ids of a rendered prompt would no longer begin the ids of the rendered conversation. The `generation`
+# marks enclose what the assistant writes: content, calls and the end of its turn.
 CHATML = (
     "{{- bos_token -}}"
+    "{%- if tools -%}"
+    "{{- '" + TURN_START + "system\\n' -}}"
+    "{%- if messages and messages[0]['role'] == 'system' -%}"
+    "{{- messages[0]['content'] | trim + '\\n\\n' -}}"
+    "{%- endif -%}"
+    "{{- 'You can call these functions, one JSON object a line:' -}}"
+    "{%- for tool in tools -%}{{- '\\n' + (tool | tojson) -}}{%- endfor -%}"
+    "{{- '\\nTo call one, write a JSON object with its name and arguments between <tool_call> and </tool_call>.' -}}"
+    "{{- '" + TURN_END + "\\n' -}}"
+    "{%- endif -%}"
     "{%- for message in messages -%}"
     "{%- if message['content'] is not string -%}"
     "{{- raise_exception('the content of a message must be text') -}}"
     "{%- endif -%}"
+    "{%- if not (tools and loop.first and message['role'] == 'system') -%}"
     "{{- '" + TURN_START + "' + message['role'] + '\\n' -}}"
     "{%- if message['role'] == 'assistant' -%}"
     "{%- generation -%}"
-    "{{- message['content'] | trim + '" + TURN_END + "' -}}"
+    "{{- message['content'] | trim -}}"
+    "{%- for call in message['tool_calls'] or [] -%}"
+    "{{- '\\n' if message['content'] | trim or not loop.first else '' -}}"
+    "{{- '<tool_call>\\n' + (call['function'] | tojson) + '\\n</tool_call>' -}}"
+    "{%- endfor -%}"
+    "{{- '" + TURN_END + "' -}}"
     "{%- endgeneration -%}"
     "{%- else -%}"
     "{{- message['content'] | trim + '" + TURN_END + "' -}}"
     "{%- endif -%}"
     "{{- '\\n' -}}"
+    "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}"
     "{{- '" + TURN_START + "assistant\\n' -}}"
     "{%- endif -%}"
 )
 
-# What the recipe field `chat_template` may say.
-TEMPLATES: dict[str, str | None] = {"chatml": CHATML, "none": None}
+# Headings of plain text, so a base model needs no new tokens (the form of Taori et al. 2023).
+ALPACA = (
+    "{{- bos_token -}}"
+    "{%- for message in messages -%}"
+    "{%- if message['content'] is not string -%}"
+    "{{- raise_exception('the content of a message must be text') -}}"
+    "{%- endif -%}"
+    "{{- '' if loop.first else '\\n\\n' -}}"
+    "{%- if message['role'] == 'system' -%}"
+    "{{- message['content'] | trim -}}"
+    "{%- elif message['role'] == 'user' -%}"
+    "{{- '### Instruction:\\n' + message['content'] | trim -}}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{- '### Response:\\n' -}}"
+    "{%- generation -%}"
+    "{{- message['content'] | trim + eos_token -}}"
+    "{%- endgeneration -%}"
+    "{%- else -%}"
+    "{{- raise_exception('the alpaca template has no turn for the role ' + message['role']) -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}"
+    "{{- '\\n\\n### Response:\\n' -}}"
+    "{%- endif -%}"
+)
+
+# What the recipe fields `chat_template` and `data.template` may say by name.
+TEMPLATES: dict[str, str | None] = {"chatml": CHATML, "alpaca": ALPACA, "none": None}
 
 MARK = "mark"  # any word that no template contains next to a special token
 

@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 
 from llmctl.errors import UserError
 from llmctl.files import folder_atomic, write_json
+from llmctl.runs import CHECKPOINTS
 
-FOLDER = "checkpoints"
 STATE = "state.json"
 GO_BACK = "delete that checkpoint to resume from the one before it"
 NAME = re.compile(r"^step-(\d{6,})$")
@@ -45,7 +45,7 @@ def save_checkpoint(
 
     Raises UserError if the disk is full or not writable; the checkpoints before it stay as they were.
     """
-    path = run / FOLDER / f"step-{progress.step:06d}"
+    path = run / CHECKPOINTS / f"step-{progress.step:06d}"
     with folder_atomic(path) as folder:
         save_model(folder)
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
@@ -67,12 +67,12 @@ def checkpoints(run: Path) -> list[Path]:
 
 def clear_unfinished(run: Path) -> None:
     """Delete what killed saves left behind; the caller holds the run's lock."""
-    for left in (run / FOLDER).glob(".tmp-step-*"):
+    for left in (run / CHECKPOINTS).glob(".tmp-step-*"):
         shutil.rmtree(left)
 
 
 def _named(run: Path) -> list[Path]:
-    folder = run / FOLDER
+    folder = run / CHECKPOINTS
     found = [path for path in folder.iterdir() if NAME.match(path.name)] if folder.is_dir() else []
     return sorted(found, key=_step)
 

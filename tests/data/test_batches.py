@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmctl.data.batches import IGNORE, Batches, _mix, collate, eval_batches, split_holdout
-from llmctl.data.packing import Pieces, cut, pack, unpacked
+from llmctl.data.batches import IGNORE, Batches, Laid, _mix, collate, eval_batches, labels_of, split_holdout
+from llmctl.data.packing import Pieces, Rows, cut, pack, unpacked
 from llmctl.errors import UserError
 
 PAD = 99
@@ -24,25 +24,40 @@ def data(lengths: list[int], max_length: int = 8) -> tuple[np.ndarray, Pieces]:
 def make(count: int = 23, **settings: object) -> Batches:
     ids, pieces = data([5] * count)
     options = {"max_length": 8, "batch_size": 3, "accumulation": 2, "seed": 0, "pad_id": PAD} | settings
-    return Batches(ids, pieces, unpacked(len(pieces)), **options)
+    return Batches(Laid(ids, pieces, unpacked(len(pieces))), **options)
 
 
 def firsts(step: list[dict[str, torch.Tensor]]) -> list[int]:
     return [int(row[0]) for batch in step for row in batch["input_ids"]]
 
 
+def two_and_one() -> Rows:
+    """A row of two pieces and a row of one."""
+    return Rows(np.array([0, 2, 3]), np.array([0, 1, 2]))
+
+
 def test_collate_packed_row_by_hand():
     ids, pieces = data([3, 2, 4])
-    batch = collate(ids, pieces, [np.array([0, 1]), np.array([2])], pad_id=PAD)
+    batch = collate(Laid(ids, pieces, two_and_one()), range(2), pad_id=PAD)
     assert batch["input_ids"].tolist() == [[100, 101, 102, 103, 104], [105, 106, 107, 108, PAD]]
     assert batch["labels"].tolist() == [[-100, 101, 102, -100, 104], [-100, 106, 107, 108, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
     assert {t.dtype for t in batch.values()} == {torch.int64}
 
 
+def test_only_trained_places_are_labels():
+    ids, pieces = data([3, 2, 4])
+    trained = np.array([True, False, True, True, True, False, False, True, True])
+    laid = Laid(ids, pieces, two_and_one(), trained)
+    batch = collate(laid, range(2), pad_id=PAD)
+    assert batch["labels"].tolist() == [[-100, -100, 102, -100, 104], [-100, -100, 107, 108, -100]]
+    assert labels_of(pieces, trained).tolist() == [1, 1, 2]
+    assert laid.trained_tokens == int((batch["labels"] != IGNORE).sum()) == 4
+
+
 def test_collate_without_isolation_runs_over_the_row():
     ids, pieces = data([3, 2, 2])
-    batch = collate(ids, pieces, [np.array([0, 1]), np.array([2])], pad_id=PAD, isolate=False)
+    batch = collate(Laid(ids, pieces, two_and_one()), range(2), pad_id=PAD, isolate=False)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]]
     assert batch["labels"].tolist() == [[-100, 101, 102, -100, 104], [-100, 106, -100, -100, -100]]
 
@@ -50,7 +65,7 @@ def test_collate_without_isolation_runs_over_the_row():
 def test_a_split_document_trains_every_token_once():
     ids, pieces = data([30, 4, 17])
     rows = pack(pieces.length, 8)
-    batches = Batches(ids, pieces, rows, max_length=8, batch_size=2, accumulation=1, seed=0, pad_id=PAD)
+    batches = Batches(Laid(ids, pieces, rows), max_length=8, batch_size=2, accumulation=1, seed=0, pad_id=PAD)
     trained = [
         int(label)
         for step in range(batches.steps_per_epoch)
@@ -66,7 +81,7 @@ def test_a_split_document_trains_every_token_once():
 def test_labels_are_the_inputs_or_ignored_and_never_begin_a_piece(isolate):
     ids, pieces = data([3, 9, 40, 2, 6, 6])
     rows = pack(pieces.length, 16)
-    (batch,) = eval_batches(ids, pieces, rows, batch_size=99, pad_id=PAD, isolate=isolate)
+    (batch,) = eval_batches(Laid(ids, pieces, rows), batch_size=99, pad_id=PAD, isolate=isolate)
     kept = batch["labels"] != IGNORE
     assert torch.equal(batch["labels"][kept], batch["input_ids"][kept])
     assert not kept[batch["position_ids"] == 0].any()
@@ -130,15 +145,15 @@ def test_rows_that_do_not_fit_are_a_bug():
     ids, pieces = data([8, 8])
     rows = pack(pieces.length, 16)
     with pytest.raises(ValueError, match="a row of 16 tokens, max_length=8"):
-        Batches(ids, pieces, rows, max_length=8, batch_size=1, accumulation=1, seed=0, pad_id=0)
+        Batches(Laid(ids, pieces, rows), max_length=8, batch_size=1, accumulation=1, seed=0, pad_id=0)
     with pytest.raises(ValueError, match="no rows"):
-        Batches(ids, pieces, unpacked(0), max_length=8, batch_size=1, accumulation=1, seed=0, pad_id=0)
+        Batches(Laid(ids, pieces, unpacked(0)), max_length=8, batch_size=1, accumulation=1, seed=0, pad_id=0)
 
 
 @pytest.mark.parametrize(("max_rows", "sizes"), [(None, [4, 4, 2]), (5, [4, 1]), (99, [4, 4, 2]), (4, [4])])
 def test_eval_batches(max_rows, sizes):
     ids, pieces = data([5] * 10)
-    found = list(eval_batches(ids, pieces, unpacked(10), batch_size=4, pad_id=PAD, max_rows=max_rows))
+    found = list(eval_batches(Laid(ids, pieces, unpacked(10)), batch_size=4, pad_id=PAD, max_rows=max_rows))
     assert [len(batch["labels"]) for batch in found] == sizes
     assert firsts(found) == [100 + 5 * n for n in range(sum(sizes))]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmctl.data.batches import eval_batches
+from llmctl.data.batches import Laid, eval_batches
 from llmctl.data.packing import cut, pack
 from llmctl.evaluate.perplexity import Score, score
 from llmctl.kernels.device import Compute
@@ -31,7 +31,7 @@ def test_packed_scores_equal_transformers_one_document_at_a_time(tmp_path):
     starts = np.concatenate([[0], np.cumsum([len(d) for d in documents])])
     ids = np.concatenate(documents).astype(np.uint16)
     pieces = cut(starts, 40, "split")
-    batches = eval_batches(ids, pieces, pack(pieces.length, 40), batch_size=2, pad_id=0)
+    batches = eval_batches(Laid(ids, pieces, pack(pieces.length, 40)), batch_size=2, pad_id=0)
     found = score(model, batches, text_bytes=100.0, special_ids=frozenset({EOS}), compute=FLOAT)
 
     nats, text_nats, tokens = 0.0, 0.0, 0

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmctl.data.batches import Batches
+from llmctl.data.batches import Batches, Laid
 from llmctl.data.packing import cut, pack, unpacked
 from llmctl.errors import CheckFailed, Interrupted, UserError
 from llmctl.kernels.device import Compute
@@ -23,7 +23,8 @@ from llmctl.recipe.schema import TrainSection
 from llmctl.runs import METRICS
 from llmctl.talk import SILENT
 from llmctl.train.checkpoint import checkpoints
-from llmctl.train.loop import DIVERGED, Job, every, total_steps, train
+from llmctl.train.journal import DIVERGED
+from llmctl.train.loop import Job, every, total_steps, train
 from llmctl.train.losses import LOSSES, causal_lm, trained_tokens
 
 SPEC = ModelSection(
@@ -47,9 +48,7 @@ def batches(batch_size: int = 4, accumulation: int = 1, packing: bool = True) ->
     pieces = cut(starts, LENGTH, "split")
     rows = pack(pieces.length, LENGTH) if packing else unpacked(len(pieces))
     return Batches(
-        ids,
-        pieces,
-        rows,
+        Laid(ids, pieces, rows),
         max_length=LENGTH,
         batch_size=batch_size,
         accumulation=accumulation,
@@ -174,9 +173,7 @@ def test_packing_changes_no_documents_loss():
         found = np.zeros(len(pieces))
         for number in range(len(rows)):
             batch = Batches(
-                ids,
-                pieces,
-                rows,
+                Laid(ids, pieces, rows),
                 max_length=LENGTH,
                 batch_size=1,
                 accumulation=1,

@@ -1,0 +1,116 @@
+"""MODEL as every command takes it: a whole model, or an adapter, which is opened on its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig
+
+from llmctl.errors import UserError
+from llmctl.files import read_json
+from llmctl.locate import locate
+from llmctl.model.adapters import ADAPTER_CONFIG, attach, fold, is_adapter
+from llmctl.model.checkpoint import FILES, load_config, load_model
+from llmctl.model.config import LlmctlConfig
+from llmctl.model.hf import LlmctlForCausalLM
+from llmctl.model.nf4 import round_nf4
+from llmctl.model.vocabulary import grow_vocabulary
+from llmctl.runs import find_runs, folder_hash, run_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+def open_model(
+    where: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> LlmctlForCausalLM:
+    """The model, with its adapter computing on its leaves if `where` is an adapter.
+
+    Args:
+        dtype: of the weights; the checkpoint's own when None.
+
+    Raises UserError: as `load_model`; an adapter whose base is gone, has changed or does not fit it.
+    """
+    folder = locate(str(where), FILES)
+    if not is_adapter(folder):
+        return load_model(folder, dtype, device)
+    model = open_adapter(folder, dtype).get_base_model()
+    return model.to(device=device, dtype=dtype) if dtype else model.to(device)
+
+
+def open_folded(
+    where: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> LlmctlForCausalLM:
+    """As `open_model`, with the adapter added into the weights: nothing of PEFT is left."""
+    folder = locate(str(where), FILES)
+    if not is_adapter(folder):
+        return load_model(folder, dtype, device)
+    folded = fold(open_adapter(folder, dtype))
+    return folded.to(device=device, dtype=dtype) if dtype else folded.to(device)
+
+
+def open_adapter(folder: Path, dtype: torch.dtype | None = None) -> PeftModel:
+    """An adapter on its base, as PEFT holds it. Folding happens in float32: bfloat16 would round twice."""
+    model = open_base(folder, torch.float32 if dtype is None else dtype)
+    found = attach(model, folder)
+    if (folder / GENERATION_CONFIG).is_file():
+        model.generation_config = GenerationConfig.from_dict(read_json(folder / GENERATION_CONFIG))
+    return found
+
+
+def open_base(folder: Path, dtype: torch.dtype | None = None) -> LlmctlForCausalLM:
+    """The model an adapter was trained on, without it: rounded to NF4 if it was when the adapter was trained."""
+    made = run_of(folder) or {}
+    model = open_folded(base_of(folder), dtype)
+    if rows := made.get("vocab_size"):
+        grow_vocabulary(model, rows)
+    if made.get("base_precision") == "nf4":
+        round_nf4(model)
+    return model
+
+
+def open_config(where: str | Path) -> LlmctlConfig:
+    """The config of a model, or of the model an adapter belongs to, without the weights."""
+    folder = locate(str(where), FILES)
+    if not is_adapter(folder):
+        return load_config(folder)
+    config = open_config(base_of(folder))
+    rows = (run_of(folder) or {}).get("vocab_size")
+    config.vocab_size = max(config.vocab_size, rows or 0)
+    return config
+
+
+def base_of(folder: Path) -> str:
+    """Where the base of an adapter lies now.
+
+    Raises UserError if it is nowhere, or what lies there is not what the adapter was trained on.
+    """
+    named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    recorded = next((p for p in (run_of(folder) or {}).get("parents", []) if p["role"] == "model"), None)
+    if recorded is None:
+        if not named:
+            raise UserError(f"{folder}: the adapter does not say which model it belongs to", _NAME_IT)
+        return str(named)
+    if not recorded["hash"]:
+        return str(recorded["path"])  # a hub id
+    here = [Path(path) for path in (recorded["path"], named) if path and Path(path).expanduser().is_dir()]
+    for path in (*here, *find_runs()):
+        if path.resolve() != folder.resolve() and folder_hash(path) == recorded["hash"]:
+            return str(path)
+    if here:
+        raise UserError(
+            f"{folder}: {here[0]} is not the base this adapter was trained on, or has changed since",
+            "put the base back, or train the adapter again on this one",
+        )
+    raise UserError(
+        f"{folder}: its base {recorded['path']} is not there",
+        "put it back, or anywhere under runs/, where it is found by its content",
+    )
+
+
+_NAME_IT = "set base_model_name_or_path in its adapter_config.json"
+
