@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,11 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from llmctl.errors import CheckFailed, Interrupted
-from llmctl.files import disk_errors, write_atomic
+from llmctl.errors import CheckFailed
 from llmctl.kernels.device import Compute, physical_cores
 from llmctl.recipe.schema import TrainSection
-from llmctl.runs import METRICS
+from llmctl.recipe.train import StepsSection
 from llmctl.talk import Bar, Talk
 from llmctl.train.checkpoint import (
     Progress,
@@ -29,11 +25,11 @@ from llmctl.train.checkpoint import (
     load_training_state,
     save_checkpoint,
 )
+from llmctl.train.journal import BadStep, cut_rows, diverged, log_row, summary
 from llmctl.train.losses import Loss, trained_tokens
 from llmctl.train.optimizer import make_optimizer
 from llmctl.train.schedule import learning_rate
-
-DIVERGED = "diverged.json"
+from llmctl.train.stop import interrupted, signals
 
 
 class Batches(Protocol):
@@ -67,7 +63,7 @@ class Job:
     evaluate: Callable[[], dict[str, float]] | None = None
 
 
-def total_steps(settings: TrainSection, steps_per_epoch: int) -> int:
+def total_steps(settings: StepsSection, steps_per_epoch: int) -> int:
     """Optimizer steps of a run: max_steps, or the epochs' worth, at least one."""
     return settings.max_steps or max(1, math.ceil(settings.num_train_epochs * steps_per_epoch))
 
@@ -109,7 +105,7 @@ class _Training:
     def run(self) -> dict[str, Any]:
         self._restore()
         stop = threading.Event()
-        with _signals(stop), self.talk.bar("training", self.steps, "steps") as bar:
+        with signals(stop), self.talk.bar("training", self.steps, "steps") as bar:
             bar.advance(self.progress.step)
             while self.progress.step < self.steps:
                 self._step()
@@ -122,11 +118,8 @@ class _Training:
                 ):
                     self._save()
                 if stop.is_set() and done < self.steps:
-                    raise Interrupted(
-                        f"{self.job.folder}: interrupted at step {done} of {self.steps}; the state was saved",
-                        "run the same command with --resume to go on",
-                    )
-        return self._summary()
+                    raise interrupted(self.job.folder, done, self.steps)
+        return summary(self.progress, self.last)
 
     def _step(self) -> None:
         settings, step = self.settings, self.progress.step
@@ -153,7 +146,7 @@ class _Training:
         norm = nn.utils.clip_grad_norm_(self.weights, settings.max_grad_norm, foreach=True)
         # before the update, so that bad numbers never reach the weights or the optimizer
         if not math.isfinite(norm) or not math.isfinite(total):
-            self._diverged(float(total), float(norm), micro_batches, rate)
+            raise self._diverged(float(total), float(norm), micro_batches, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         spent = time.perf_counter() - started
@@ -172,12 +165,12 @@ class _Training:
         if done % settings.logging_steps == 0 or done == steps:
             row = {"step": done, "epoch": done / self.job.batches.steps_per_epoch, **self.window.take()}
             self.last |= row | {"tokens": self.progress.tokens}
-            self._log(row | {"tokens": self.progress.tokens})
+            log_row(self.job.folder, row | {"tokens": self.progress.tokens})
             facts = {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
         if self.job.evaluate is not None and (done % every(steps, settings.eval_steps) == 0 or done == steps):
             found = {f"eval_{name}": value for name, value in self._evaluated().items()}
             self.last |= found
-            self._log({"step": done, **found})
+            log_row(self.job.folder, {"step": done, **found})
             if "eval_bits_per_byte" in found:
                 facts["eval bits/byte"] = f"{found['eval_bits_per_byte']:.3f}"
         bar.advance(1, **facts)
@@ -187,11 +180,6 @@ class _Training:
         self.job.model.eval()
         with torch.no_grad():
             return self.job.evaluate()
-
-    def _log(self, row: dict[str, Any]) -> None:
-        path = self.job.folder / METRICS
-        with disk_errors(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
 
     def _save(self) -> None:
         keep = self.settings.save_total_limit
@@ -205,43 +193,16 @@ class _Training:
             self.progress = load_training_state(found[-1], self.optimizer)
             self.talk.say(f"resuming from step {self.progress.step} of {self.steps}")
         # a run that was killed between its last step and its end still reports what it had found
-        for row in _cut_metrics(self.job.folder / METRICS, self.progress.step):
+        for row in cut_rows(self.job.folder, self.progress.step):
             self.last |= row
 
-    def _diverged(self, loss: float, norm: float, batches: list[dict[str, Tensor]], rate: float) -> None:
-        step = self.progress.step + 1
-        rows = [row for batch in batches for row in batch["input_ids"].tolist()]
-        dump = {
-            "step": step,
-            "loss": repr(loss),
-            "grad_norm": repr(norm),
-            "learning_rate": rate,
-            "input_ids": rows,
-        }
-        write_atomic(self.job.folder / DIVERGED, json.dumps(dump))
-        found = checkpoints(self.job.folder)
-        kept = f"the last good checkpoint is {found[-1].name}" if found else "there is no checkpoint yet"
-        what = (
-            f"loss is {loss}" if not math.isfinite(loss) else f"loss is {loss:.3g} but its gradient is {norm}"
+    def _diverged(
+        self, loss: float, norm: float, batches: list[dict[str, Tensor]], rate: float
+    ) -> CheckFailed:
+        bad = BadStep(self.progress.step + 1, loss, norm, rate, self.settings.learning_rate)
+        return diverged(
+            self.job.folder, bad, [row for batch in batches for row in batch["input_ids"].tolist()]
         )
-        raise CheckFailed(
-            f"{self.job.folder}: step {step}: {what}; {kept}",
-            f"start a new run with a lower train.learning_rate (now {self.settings.learning_rate:g}) or a longer "
-            f"train.warmup_ratio; the rows of this step are in {DIVERGED}",
-        )
-
-    def _summary(self) -> dict[str, Any]:
-        speed = self.progress.tokens / self.progress.seconds if self.progress.seconds else 0.0
-        kept = {
-            name: value for name, value in self.last.items() if name == "loss" or name.startswith("eval_")
-        }
-        return {
-            **kept,
-            "steps": self.progress.step,
-            "tokens": self.progress.tokens,
-            "seconds": round(self.progress.seconds, 1),
-            "tokens_per_second": round(speed, 1),
-        }
 
 
 class _Window:
@@ -272,42 +233,3 @@ class _Window:
         }
         self._clear()
         return row
-
-
-@contextmanager
-def _signals(stop: threading.Event) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM finish the step first; a second Ctrl-C stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, frame: object) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop metric lines written after the checkpoint a run goes on from, and a line cut short by a crash.
-
-    Returns the rows that are left.
-    """
-    if not path.is_file():
-        return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["step"] <= step:
-            kept.append(row)
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
-    return kept
