@@ -8,7 +8,9 @@ import sys
 import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llmctl.data import tinyworld
 from llmctl.data.document import Account, Document
@@ -37,6 +39,19 @@ class Builtin:
     """
 
     documents: Callable[[Account], Iterator[Document]]
+    fingerprint: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class RecordsBuiltin:
+    """Records by name.
+
+    Args:
+        records: makes them, as objects of a json file.
+        fingerprint: changes whenever the records would.
+    """
+
+    records: Callable[[], Iterator[dict[str, Any]]]
     fingerprint: Callable[[], str]
 
 
@@ -86,6 +101,18 @@ def tiny_world(account: Account) -> Iterator[Document]:
         yield Document(text, "builtin:tinyworld", number)
 
 
+def tiny_instructions(split: tinyworld.Split) -> Iterator[dict[str, Any]]:
+    """Questions about one half of the tiny world with seed 0, and their answers."""
+    for record in tinyworld.instructions(split):
+        yield {**record}
+
+
+def tiny_preferences(split: tinyworld.Split) -> Iterator[dict[str, Any]]:
+    """Two introductions of each person of one half of the tiny world with seed 0."""
+    for pair in tinyworld.preferences(split):
+        yield {**pair}
+
+
 def _tinyworld_fingerprint() -> str:
     return _hash("tinyworld", str(tinyworld.VERSION))
 
@@ -98,4 +125,15 @@ def _hash(*parts: str) -> str:
 BUILTIN: dict[str, Builtin] = {
     "pydoc": Builtin(pydoc, _pydoc_fingerprint),
     "tinyworld": Builtin(tiny_world, _tinyworld_fingerprint),
+}
+
+BUILTIN_RECORDS: dict[str, RecordsBuiltin] = {
+    "tinyworld-instructions": RecordsBuiltin(partial(tiny_instructions, "train"), _tinyworld_fingerprint),
+    "tinyworld-instructions-heldout": RecordsBuiltin(
+        partial(tiny_instructions, "heldout"), _tinyworld_fingerprint
+    ),
+    "tinyworld-preferences": RecordsBuiltin(partial(tiny_preferences, "train"), _tinyworld_fingerprint),
+    "tinyworld-preferences-heldout": RecordsBuiltin(
+        partial(tiny_preferences, "heldout"), _tinyworld_fingerprint
+    ),
 }

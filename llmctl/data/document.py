@@ -1,4 +1,4 @@
-"""What the readers hand over: documents, and an account of every one that was read."""
+"""What the readers hand over: documents, and an account of every document or record that was read."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ class Document:
 
 @dataclass
 class Account:
-    """Every document read is either kept or dropped for a reason: read == kept + sum of counts.
+    """Every document (or record) read is kept or dropped for a reason: read == kept + sum of counts.
 
     Args:
         dropped: reason -> the first few places, as "path:line".
         counts: reason -> how many.
         input_bytes: bytes taken from the files so far (compressed ones as they lie on the disk).
+        noun: what is counted, in the singular: "document", "record".
+        notes: what else should be said of the data, a sentence each.
     """
 
     read: int = 0
@@ -43,27 +45,34 @@ class Account:
     dropped: dict[str, list[str]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     input_bytes: int = 0
+    noun: str = "document"
+    notes: list[str] = field(default_factory=list)
 
     def keep(self) -> None:
-        """Count one document read and kept."""
+        """Count one read and kept."""
         self.read += 1
         self.kept += 1
 
     def drop(self, reason: str, place: str) -> None:
-        """Count one document read and dropped."""
+        """Count one read and dropped."""
         self.read += 1
         self.counts[reason] = self.counts.get(reason, 0) + 1
         examples = self.dropped.setdefault(reason, [])
         if len(examples) < EXAMPLES:
             examples.append(place)
 
+    def note(self, sentence: str) -> None:
+        """Say something of the data, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
     def lines(self) -> list[str]:
-        """What happened, a sentence a line; the first line is always the totals."""
-        said = [f"read {_count(self.read, 'document')}, kept {self.kept:,}"]
+        """What happened, a sentence a line; the first line is always the totals, the notes come last."""
+        said = [f"read {_count(self.read, self.noun)}, kept {self.kept:,}"]
         for reason, count in sorted(self.counts.items()):
             more = ", …" if count > len(self.dropped[reason]) else ""
             said.append(f"dropped {count:,}: {reason} ({', '.join(self.dropped[reason])}{more})")
-        return said
+        return said + self.notes
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a manifest; `Account(**values)` makes it again."""

@@ -10,23 +10,28 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
-from llmctl.data.builtin import BUILTIN
+from llmctl.data.builtin import BUILTIN, BUILTIN_RECORDS
 from llmctl.data.document import Account
 from llmctl.errors import UserError, nearest, one_of
 
 BUILTIN_PREFIX = "builtin:"
-FORMATS = (".txt", ".md", ".rst", ".py", ".jsonl", ".parquet")
+FORMATS = (".txt", ".md", ".rst", ".py", ".json", ".jsonl", ".csv", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 BUFFER = 1 << 18  # bytes
 
+Wanted = Literal["text", "records"]
 
-def resolve(sources: Iterable[str | Path]) -> list[Path | str]:
+
+def resolve(sources: Iterable[str | Path], wanted: Wanted = "text") -> list[Path | str]:
     """The files and builtins that `sources` name, in the order named; folders and globs sorted.
 
     A source is a file, a folder (read recursively; hidden files and unknown extensions are not data),
-    a glob, or `builtin:NAME`, which stays a string.
+    a glob, `builtin:NAME`, which stays a string, or the id of a dataset on the hub.
+
+    Args:
+        wanted: "text" refuses the builtins that hold records.
 
     Raises:
         UserError: nothing is named, a name leads to nothing, an extension or builtin is unknown, a
@@ -35,7 +40,7 @@ def resolve(sources: Iterable[str | Path]) -> list[Path | str]:
     found: list[Path | str] = []
     named_by: dict[str, str] = {}
     for source in map(str, sources):
-        for item in _expand(source):
+        for item in _expand(source, wanted):
             same = item if isinstance(item, str) else os.path.realpath(item)
             if same in named_by:
                 by = named_by[same]
@@ -54,7 +59,7 @@ def resolve(sources: Iterable[str | Path]) -> list[Path | str]:
 
 def total_bytes(sources: Iterable[str | Path]) -> int | None:
     """Size of all files on the disk; None if a builtin is among them, which makes its text as it goes."""
-    items = resolve(sources)
+    items = resolve(sources, "records")
     files = [item for item in items if isinstance(item, Path)]
     return sum(file.stat().st_size for file in files) if len(files) == len(items) else None
 
@@ -68,9 +73,9 @@ def file_format(path: Path) -> str | None:
     return suffix if suffix in FORMATS else None
 
 
-def _expand(source: str) -> list[Path | str]:
+def _expand(source: str, wanted: Wanted) -> list[Path | str]:
     if source.startswith(BUILTIN_PREFIX):
-        return [_builtin(source)]
+        return [_builtin(source, wanted)]
     path = Path(source).expanduser()
     with reading(path):
         if path.is_dir():
@@ -82,15 +87,21 @@ def _expand(source: str) -> list[Path | str]:
     raise _missing(path)
 
 
-def _builtin(source: str) -> str:
+def _builtin(source: str, wanted: Wanted) -> str:
     name = source.removeprefix(BUILTIN_PREFIX)
-    if name not in BUILTIN:
-        close = nearest(name, list(BUILTIN))
+    known = [*BUILTIN, *BUILTIN_RECORDS] if wanted == "records" else list(BUILTIN)
+    if name in known:
+        return source
+    if name in BUILTIN_RECORDS:
         raise UserError(
-            f"{source}: no such builtin data; there is {one_of([BUILTIN_PREFIX + n for n in BUILTIN])}",
-            f"did you mean `{BUILTIN_PREFIX}{close}`?" if close else "pick one of these, or name a file",
+            f"{source}: holds records, not text",
+            f"text is in {one_of([BUILTIN_PREFIX + n for n in BUILTIN])}",
         )
-    return source
+    close = nearest(name, known)
+    raise UserError(
+        f"{source}: no such builtin data; there is {one_of([BUILTIN_PREFIX + n for n in known])}",
+        f"did you mean `{BUILTIN_PREFIX}{close}`?" if close else "pick one of these, or name a file",
+    )
 
 
 def _file(path: Path) -> Path:

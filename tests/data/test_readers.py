@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
-from llmctl.data import readers, sources
+from llmctl.data import decode, readers, sources
 from llmctl.data.readers import Account, Document, documents
 from llmctl.errors import UserError
 
@@ -291,7 +291,7 @@ ATOMS = [*BLANKS, *WORDS, ".", ",", "/", "_", "。", "，"]
 
 
 def small_parts(monkeypatch) -> None:
-    monkeypatch.setattr(readers, "BLOCK", 7)
+    monkeypatch.setattr(decode, "BLOCK", 7)
     monkeypatch.setattr(readers, "PART", 12)
 
 

@@ -1,0 +1,260 @@
+"""From the values of a record to messages: roles, content, tool calls, in the ways people write them.
+
+A message is a dict with `role` (system, user, assistant, tool) and `content` (text). An assistant
+message may have `tool_calls`: [{"type": "function", "function": {"name": …, "arguments": {…}}}].
+
+The functions here know the field they read and not the file. They raise `Bad` for what is wrong and
+`Unusable` for what is to be dropped; the caller adds the place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from llmctl.data.array import why_not
+from llmctl.data.records import DECODER, kind
+from llmctl.errors import nearest, one_of
+
+Message = dict[str, Any]
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
+SENDERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "tool": "tool",
+}
+KEPT = ("name", "tool_call_id")  # other keys of a message that templates read
+MEND = "mend or delete this record"
+SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
+
+
+class Bad(Exception):
+    """A value is not what its field should hold."""
+
+    def __init__(self, what: str, hint: str = MEND) -> None:
+        super().__init__(what)
+        self.what, self.hint = what, hint
+
+
+class Unusable(Exception):
+    """A record is well formed, and there is nothing in it to train on."""
+
+
+def text(value: Any, field: str) -> str:
+    """A string as it is; anything else is `Bad`."""
+    if type(value) is not str:
+        raise Bad(f"`{field}` is {kind(value)}, not text")
+    return value
+
+
+def optional_text(value: Any, field: str) -> str:
+    """A string; empty if it is null or only white space."""
+    if value is None:
+        return ""
+    return "" if text(value, field).isspace() else value
+
+
+def messages(value: Any, field: str, unread: set[str]) -> list[Message]:
+    """A list of {"role", "content"} or {"from", "value"} objects.
+
+    Args:
+        unread: collects the keys that no one reads.
+    """
+    if type(value) is not list:
+        raise Bad(f"`{field}` is {kind(value)}, not a list of messages")
+    return [_message(item, field, number, unread) for number, item in enumerate(value)]
+
+
+def _message(item: Any, field: str, number: int, unread: set[str]) -> Message:
+    if type(item) is not dict:
+        raise Bad(f"`{field}[{number}]` is {kind(item)}, not a message")
+    if "from" in item and "role" not in item:
+        return _sharegpt(item, f"{field}[{number}]", unread)
+    role = item.get("role")
+    known = ROLES.get(role) if type(role) is str else None
+    content = item.get("content")
+    if known is not None and type(content) is str and len(item) == 2:
+        return {"role": known, "content": content}
+    place = f"{field}[{number}]"
+    if known is None:
+        raise _unknown_role(item, "role", place, ROLES)
+    made: Message = {"role": known, "content": ""}
+    calls = item.get("tool_calls")
+    if calls:
+        if known != "assistant":
+            raise Bad(f"`{place}` has tool_calls, but its role is `{role}`", "only the assistant calls tools")
+        made["tool_calls"] = _calls(calls, f"{place}.tool_calls")
+    if content is not None or not calls:
+        made["content"] = _content(item, "content", place)
+    for key in item.keys() - {"role", "content", "tool_calls"}:
+        if key in KEPT and type(item[key]) is str:
+            made[key] = item[key]
+        elif item[key] is not None:
+            unread.add(f"{field}[].{key}")
+    return made
+
+
+def _sharegpt(item: dict[str, Any], place: str, unread: set[str]) -> Message:
+    sender = item["from"]
+    role = SENDERS.get(sender) if type(sender) is str else None
+    if role is None:
+        raise _unknown_role(item, "from", place, SENDERS)
+    content = _content(item, "value", place)
+    if len(item) > 2:
+        unread.update(f"{place.split('[')[0]}[].{key}" for key in item.keys() - {"from", "value"})
+    if sender == "function_call":
+        called = _from_json(content, f"{place}.value")
+        calls = called if type(called) is list else [called]
+        return {"role": role, "content": "", "tool_calls": _calls(calls, f"{place}.value")}
+    return {"role": role, "content": content}
+
+
+def _unknown_role(item: dict[str, Any], key: str, place: str, known: dict[str, str]) -> Bad:
+    if key not in item:
+        return _no_key(item, key, place)
+    role = item[key]
+    if type(role) is not str:
+        return Bad(f"`{place}.{key}` is {kind(role)}, not a role")
+    close = nearest(role, list(known))
+    return Bad(
+        f"`{place}.{key}`: `{role}` is not one of {one_of(list(known))}",
+        f"did you mean `{close}`?" if close else MEND,
+    )
+
+
+def _no_key(item: dict[str, Any], key: str, place: str) -> Bad:
+    close = nearest(key, list(item))
+    has = one_of(list(item)) if item else "nothing"
+    return Bad(
+        f"`{place}` has no `{key}`; there is {has}", f"did you mean `{key}` by `{close}`?" if close else MEND
+    )
+
+
+def _content(item: dict[str, Any], key: str, place: str) -> str:
+    """Text, or a list of parts that are all text."""
+    if key not in item:
+        raise _no_key(item, key, place)
+    value = item[key]
+    if type(value) is not list:
+        return text(value, f"{place}.{key}")
+    parts = []
+    for number, part in enumerate(value):
+        if type(part) is not dict or part.get("type") != "text":
+            raise Bad(f"`{place}.{key}[{number}]` is no text part", "only text can be trained on")
+        parts.append(text(part.get("text"), f"{place}.{key}[{number}].text"))
+    return "".join(parts)
+
+
+# --- tools ------------------------------------------------------------------------------------------
+
+
+def _from_json(value: str, place: str) -> Any:
+    try:
+        return DECODER.decode(value)
+    except (ValueError, RecursionError) as error:
+        raise Bad(f"`{place}` is not JSON ({why_not(error)})") from None
+
+
+def _calls(value: Any, place: str) -> list[dict[str, Any]]:
+    if type(value) is not list:
+        raise Bad(f"`{place}` is {kind(value)}, not a list of calls")
+    return [_call(call, f"{place}[{number}]") for number, call in enumerate(value)]
+
+
+def _call(call: Any, place: str) -> dict[str, Any]:
+    """{"name", "arguments"}, perhaps inside {"function": …}; arguments are an object or its JSON."""
+    inner = call.get("function", call) if type(call) is dict else call
+    if type(inner) is not dict or type(inner.get("name")) is not str:
+        raise Bad(f"`{place}` is no call of a function", 'a call is {"name": "…", "arguments": {…}}')
+    arguments = inner.get("arguments")
+    if type(arguments) is str:
+        arguments = _from_json(arguments, f"{place}.arguments") if arguments.strip() else {}
+    if arguments is None:
+        arguments = {}
+    if type(arguments) is not dict:
+        raise Bad(f"`{place}.arguments` is {kind(arguments)}, not an object")
+    made: dict[str, Any] = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
+    if type(call.get("id")) is str:
+        made["id"] = call["id"]
+    return made
+
+
+def tools(value: Any, field: str = "tools") -> list[dict[str, Any]] | None:
+    """A list of function schemas, or its JSON, each as {"type": "function", "function": …}; None if empty."""
+    if type(value) is str:
+        value = _from_json(value, field) if value.strip() else None
+    if value is None or value == []:
+        return None
+    if type(value) is not list:
+        raise Bad(f"`{field}` is {kind(value)}, not a list of tools")
+    return [_tool(tool, f"{field}[{number}]") for number, tool in enumerate(value)]
+
+
+def _tool(tool: Any, place: str) -> dict[str, Any]:
+    inner = tool.get("function", tool) if type(tool) is dict else tool
+    if type(inner) is not dict or type(inner.get("name")) is not str:
+        raise Bad(
+            f"`{place}` is no function schema",
+            'a tool is {"name": "…", "description": "…", "parameters": {…}}',
+        )
+    return tool if inner is not tool else {"type": "function", "function": tool}
+
+
+# --- whole conversations ----------------------------------------------------------------------------
+
+
+def transcript(value: str, field: str) -> list[Message]:
+    """The turns of "\\n\\nHuman: …\\n\\nAssistant: …", each without the one space that follows the colon."""
+    apart = SPEAKER.split(value)
+    if apart[0].strip() or apart[1:2] != ["Human"]:
+        raise Bad(
+            f"`{field}` is a string that does not begin with `\\n\\nHuman: `",
+            "without `prompt`, chosen and rejected are lists of messages or such transcripts",
+        )
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said} for who, said in zip(apart[1::2], apart[2::2], strict=True)]
+
+
+def says_nothing(turn: Message) -> bool:
+    """Whether a turn has neither text nor a call of a tool."""
+    return not turn["content"].strip() and "tool_calls" not in turn
+
+
+def encodable(turns: list[Message]) -> bool:
+    """Whether all text in the turns can be written as UTF-8: half a surrogate pair cannot."""
+    return all(is_text(t["content"]) and (len(t) == 2 or is_text(_as_json(t))) for t in turns)
+
+
+def tools_encodable(given: list[dict[str, Any]] | None) -> bool:
+    """Whether all text in the schemas of tools can be written as UTF-8."""
+    return given is None or is_text(_as_json(given))
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8."""
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
