@@ -28,6 +28,7 @@ from llmctl.lock import LOCK, Lock
 MANIFEST = "run.json"
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 CHECKPOINTS = "checkpoints"
 RUNS = Path("runs")
 

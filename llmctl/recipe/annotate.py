@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
+from llmctl.recipe.base import StageRecipe
 from llmctl.recipe.load import section_of
-from llmctl.recipe.schema import RECIPES, StageRecipe
+from llmctl.recipe.schema import RECIPES
 from llmctl.recipe.yaml import dump_yaml
 
 COLUMN = 34  # where comments begin, if the value leaves room

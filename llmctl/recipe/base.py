@@ -17,6 +17,15 @@ class Section(BaseModel):
     )
 
 
+class StageRecipe(Section):
+    """What every stage shares."""
+
+    @property
+    def stage_name(self) -> str:
+        """The word after `stage:` in a recipe of this class."""
+        return str(type(self).model_fields["stage"].default)
+
+
 def about(path: str, default: Any = ..., **limits: Any) -> Any:
     """A field whose description is the one written in `words.py` under `path`.
 

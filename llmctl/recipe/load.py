@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from llmctl.errors import UserError, nearest, one_of
-from llmctl.recipe.schema import RECIPES, StageRecipe
+from llmctl.recipe.base import StageRecipe
+from llmctl.recipe.schema import RECIPES
 from llmctl.recipe.shipped import find_recipe
 from llmctl.recipe.yaml import dump_yaml, parse_yaml, read_yaml
 

@@ -6,12 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llmctl.recipe.base import Section, about
+from llmctl.recipe.base import Section, StageRecipe, about
 from llmctl.recipe.model import ModelSection
-from llmctl.recipe.train import Dtype, StepsSection
+from llmctl.recipe.train import Device, Dtype, Overlong, StepsSection
+from llmctl.recipe.tune import CompareRecipe, MergeRecipe, SftRecipe
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
-Overlong = Literal["error", "drop", "truncate", "split"]
 TokenizerKind = Literal["byte-bpe"]
 CACHE_DIR = "~/.cache/llmctl"
 
@@ -36,15 +35,6 @@ class TrainSection(StepsSection):
     learning_rate: float = about("train.learning_rate", 1e-3, gt=0)
     torch_compile: bool = about("train.torch_compile", False)
     eval_max_rows: int | None = about("train.eval_max_rows", None, ge=1)
-
-
-class StageRecipe(Section):
-    """What every stage shares."""
-
-    @property
-    def stage_name(self) -> str:
-        """The word after `stage:` in a recipe of this class."""
-        return str(type(self).model_fields["stage"].default)
 
 
 class TokenizerData(Section):
@@ -132,10 +122,14 @@ class EvalRecipe(StageRecipe):
 RECIPES: dict[str, type[StageRecipe]] = {
     "tokenizer": TokenizerRecipe,
     "pretrain": PretrainRecipe,
+    "sft": SftRecipe,
+    "merge": MergeRecipe,
+    "compare": CompareRecipe,
     "generate": GenerateRecipe,
     "eval": EvalRecipe,
 }
 
 AnyRecipe = Annotated[
-    TokenizerRecipe | PretrainRecipe | GenerateRecipe | EvalRecipe, Field(discriminator="stage")
+    TokenizerRecipe | PretrainRecipe | SftRecipe | MergeRecipe | CompareRecipe | GenerateRecipe | EvalRecipe,
+    Field(discriminator="stage"),
 ]

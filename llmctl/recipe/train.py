@@ -6,6 +6,8 @@ from typing import Literal
 
 from llmctl.recipe.base import Section, about
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Overlong = Literal["error", "drop", "truncate", "split"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
 

@@ -7,6 +7,7 @@ ids and never the token, so neither data nor a user can end or forge a turn.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -90,9 +91,7 @@ class Renderer:
         self._refuse_lost_tools(messages, tools)
         return Rendered(self._text(messages, tools, generation=True), (), guarded)
 
-    def prompt_ids(
-        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None
-    ) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """The ids after which the assistant begins to write."""
         return self.encode([self.prompt(messages, tools)])[0].ids
 
@@ -246,7 +245,7 @@ def _token_at(encoding: Encoding, char: int, length: int) -> int:
 def _between(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
     """[start, end) of every match and of everything between them, in order; empty ones left out."""
     edges = [0, *(edge for found in pattern.finditer(text) for edge in found.span()), len(text)]
-    return [(start, end) for start, end in zip(edges, edges[1:], strict=False) if start < end]
+    return [(start, end) for start, end in itertools.pairwise(edges) if start < end]
 
 
 def _all_text(message: Message) -> str:

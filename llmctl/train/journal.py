@@ -16,19 +16,19 @@ from llmctl.train.checkpoint import Progress, checkpoints
 DIVERGED = "diverged.json"
 
 
-def log_row(run: Path, row: dict[str, Any]) -> None:
-    """Add a line to metrics.jsonl."""
-    path = run / METRICS
+def log_row(run: Path, row: dict[str, Any], name: str = METRICS) -> None:
+    """Add a line to metrics.jsonl, or to another file of lines with a `step`."""
+    path = run / name
     with disk_errors(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def cut_rows(run: Path, step: int) -> list[dict[str, Any]]:
-    """Drop metric lines written after the checkpoint a run goes on from, and a line cut short by a crash.
+def cut_rows(run: Path, step: int, name: str = METRICS) -> list[dict[str, Any]]:
+    """Drop lines written after the checkpoint a run goes on from, and a line cut short by a crash.
 
     Returns the rows that are left.
     """
-    path = run / METRICS
+    path = run / name
     if not path.is_file():
         return []
     kept = []
@@ -39,14 +39,18 @@ def cut_rows(run: Path, step: int) -> list[dict[str, Any]]:
             continue
         if row["step"] <= step:
             kept.append(row)
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     return kept
 
 
 def summary(progress: Progress, last: dict[str, Any]) -> dict[str, Any]:
     """Final metrics: the last loss and evaluation, and what the run took."""
     speed = progress.tokens / progress.seconds if progress.seconds else 0.0
-    kept = {name: value for name, value in last.items() if name == "loss" or name.startswith("eval_")}
+    kept = {
+        name: value
+        for name, value in last.items()
+        if name in ("loss", "best_step") or name.startswith("eval_")
+    }
     return {
         **kept,
         "steps": progress.step,

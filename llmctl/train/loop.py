@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from llmctl.errors import CheckFailed
 from llmctl.kernels.device import Compute, physical_cores
-from llmctl.recipe.schema import TrainSection
 from llmctl.recipe.train import StepsSection
+from llmctl.runs import SAMPLES
 from llmctl.talk import Bar, Talk
 from llmctl.train.checkpoint import (
     Progress,
@@ -28,8 +28,12 @@ from llmctl.train.checkpoint import (
 from llmctl.train.journal import BadStep, cut_rows, diverged, log_row, summary
 from llmctl.train.losses import Loss, trained_tokens
 from llmctl.train.optimizer import make_optimizer
+from llmctl.train.patience import Patience
 from llmctl.train.schedule import learning_rate
 from llmctl.train.stop import interrupted, signals
+
+# what the progress line shows of an evaluation: the first of these there is
+SHOWN = {"eval_bits_per_byte": "eval bits/byte", "eval_loss": "eval loss"}
 
 
 class Batches(Protocol):
@@ -50,17 +54,24 @@ class Job:
             choice; None to skip evaluation.
         save: write the model's files into a folder.
         load: read them back from a checkpoint.
+        sample: what the model answers now, one entry a prompt; None to take no samples.
+        sample_steps: steps between samples; as often as evaluations when None.
+        patience: evaluations without a lower loss after which the run ends, with the weights of the
+            lowest; None never ends it early.
     """
 
     model: nn.Module
     batches: Batches
     loss: Loss
-    settings: TrainSection
+    settings: StepsSection
     compute: Compute
     folder: Path
     save: Callable[[Path], None]
     load: Callable[[Path], None]
     evaluate: Callable[[], dict[str, float]] | None = None
+    sample: Callable[[], list[dict[str, Any]]] | None = None
+    sample_steps: int | None = None
+    patience: int | None = None
 
 
 def total_steps(settings: StepsSection, steps_per_epoch: int) -> int:
@@ -101,25 +112,31 @@ class _Training:
         self.progress = Progress()
         self.last: dict[str, Any] = {}
         self.window = _Window(job.compute.device)
+        self.patience = Patience(job.patience, job.folder)
 
     def run(self) -> dict[str, Any]:
         self._restore()
         stop = threading.Event()
         with signals(stop), self.talk.bar("training", self.steps, "steps") as bar:
             bar.advance(self.progress.step)
-            while self.progress.step < self.steps:
+            if self.progress.step == 0:
+                self._sample()
+            while not self._is_over:
                 self._step()
                 self._report(bar)
                 done = self.progress.step
-                if (
-                    done % every(self.steps, self.settings.save_steps) == 0
-                    or done == self.steps
-                    or stop.is_set()
-                ):
+                if done % every(self.steps, self.settings.save_steps) == 0 or self._is_over or stop.is_set():
                     self._save()
-                if stop.is_set() and done < self.steps:
+                if stop.is_set() and not self._is_over:
                     raise interrupted(self.job.folder, done, self.steps)
+        if self.patience.is_out:
+            self.talk.say(f"stopped at step {self.progress.step}: the evaluation loss no longer falls")
+        self.last |= self.patience.end(self.job.load)
         return summary(self.progress, self.last)
+
+    @property
+    def _is_over(self) -> bool:
+        return self.progress.step >= self.steps or self.patience.is_out
 
     def _step(self) -> None:
         settings, step = self.settings, self.progress.step
@@ -171,9 +188,20 @@ class _Training:
             found = {f"eval_{name}": value for name, value in self._evaluated().items()}
             self.last |= found
             log_row(self.job.folder, {"step": done, **found})
-            if "eval_bits_per_byte" in found:
-                facts["eval bits/byte"] = f"{found['eval_bits_per_byte']:.3f}"
+            self.patience.look({"step": done, **found}, self.job.save)
+            shown = next((name for name in SHOWN if name in found), None)
+            facts |= {SHOWN[shown]: f"{found[shown]:.3f}"} if shown else {}
+        if done % (self.job.sample_steps or every(steps, settings.eval_steps)) == 0 or self._is_over:
+            self._sample()
         bar.advance(1, **facts)
+
+    def _sample(self) -> None:
+        """Let the model answer, for those who watch; nothing of the run depends on it."""
+        if self.job.sample is None:
+            return
+        self.job.model.eval()
+        for row in self.job.sample():
+            log_row(self.job.folder, {"step": self.progress.step, **row}, SAMPLES)
 
     def _evaluated(self) -> dict[str, float]:
         assert self.job.evaluate is not None
@@ -195,6 +223,9 @@ class _Training:
         # a run that was killed between its last step and its end still reports what it had found
         for row in cut_rows(self.job.folder, self.progress.step):
             self.last |= row
+            self.patience.remember(row)
+        # without a checkpoint the run begins with the samples of step 0 again
+        cut_rows(self.job.folder, self.progress.step or -1, SAMPLES)
 
     def _diverged(
         self, loss: float, norm: float, batches: list[dict[str, Tensor]], rate: float

@@ -1,0 +1,118 @@
+"""Recipes of the stages that adapt a model: SFT, reward model, DPO, and what is done with the results."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from llmctl.recipe.base import Section, StageRecipe, about
+from llmctl.recipe.train import Device, Dtype, Overlong, StepsSection
+
+Method = Literal["lora", "qlora", "full"]
+
+# peak learning rates where the recipe sets none: an adapter takes about ten times that of full training
+SFT_RATES: dict[str, float] = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
+
+
+class LoraSection(Section):
+    """`lora.*`: low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
+
+    r: int = about("lora.r", 16, ge=1)
+    alpha: float = about("lora.alpha", 32.0, gt=0)
+    dropout: float = about("lora.dropout", 0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = about(
+        "lora.target_modules", "all-linear"
+    )
+
+
+class ConversationData(Section):
+    """`data.*` of a stage that trains on conversations."""
+
+    train: list[str] = about("data.train", [])
+    eval: list[str] = about("data.eval", [])
+    eval_fraction: float = about("data.eval_fraction", 0.05, ge=0, lt=1)
+    template: str = about("data.template", "auto", min_length=1)
+    max_length: int | None = about("data.max_length", None, gt=1)
+    overlong: Overlong | None = about("data.overlong", None)
+
+
+class SftData(ConversationData):
+    """`data.*` of SFT."""
+
+    text_field: str = about("data.text_field", "text")
+    mask_prompt: bool = about("data.mask_prompt", True)
+    packing: bool = about("data.packing", True)
+
+
+class SftTrain(StepsSection):
+    """`train.*` of SFT, in the one training loop."""
+
+    num_train_epochs: float = about("train.num_train_epochs", 3.0, gt=0)
+    per_device_train_batch_size: int = about("train.per_device_train_batch_size", 8, ge=1)
+    warmup_ratio: float = about("train.warmup_ratio", 0.03, ge=0, lt=1)
+    weight_decay: float = about("train.weight_decay", 0.0, ge=0)
+    eval_max_rows: int | None = about("train.eval_max_rows", None, ge=1)
+    sample_steps: int | None = about("train.sample_steps", None, ge=1)
+    sample_tokens: int = about("train.sample_tokens", 64, ge=1)
+    early_stopping_patience: int | None = about("train.early_stopping_patience", None, ge=1)
+
+
+class SftRecipe(StageRecipe):
+    """`llmctl sft MODEL`."""
+
+    stage: Literal["sft"] = about("stage", "sft")
+    out: str | None = about("out", None)
+    device: Device = about("device", "auto")
+    base: str | None = about("base", None)
+    method: Method = about("method", "lora")
+    lora: LoraSection = about("lora", LoraSection())
+    data: SftData = about("data", SftData())
+    train: SftTrain = about("train", SftTrain())
+
+    def resolved(self) -> SftRecipe:
+        """A copy with the learning rate filled in."""
+        rate = self.train.learning_rate or SFT_RATES[self.method]
+        return self.model_copy(update={"train": self.train.model_copy(update={"learning_rate": rate})})
+
+
+class CompareSection(Section):
+    """`compare.*`: how two models are held against each other, and how far apart they may be."""
+
+    data: list[str] = about("compare.data", [])
+    text_field: str = about("data.text_field", "text")
+    max_rows: int = about("compare.max_rows", 200, ge=1)
+    max_length: int | None = about("compare.max_length", None, gt=1)
+    batch_size: int = about("compare.batch_size", 8, ge=1)
+    answers: int = about("compare.answers", 8, ge=0)
+    max_new_tokens: int = about("compare.max_new_tokens", 64, ge=1)
+    min_top1: float = about("compare.min_top1", 0.99, ge=0, le=1)
+    max_kl: float = about("compare.max_kl", 0.01, ge=0)
+    dtype: Dtype = about("compare.dtype", "float32")
+
+
+class CompareRecipe(StageRecipe):
+    """`llmctl compare A B`."""
+
+    stage: Literal["compare"] = about("stage", "compare")
+    device: Device = about("device", "auto")
+    base: str | None = about("base", None)
+    other: str | None = about("other", None)
+    compare: CompareSection = about("compare", CompareSection())
+
+
+class MergeSection(CompareSection):
+    """`compare.*` of a merge: adapter against merged, and base against adapter."""
+
+    min_effect: float = about("compare.min_effect", 1e-4, ge=0)
+
+
+class MergeRecipe(StageRecipe):
+    """`llmctl merge RUN`."""
+
+    stage: Literal["merge"] = about("stage", "merge")
+    out: str | None = about("out", None)
+    device: Device = about("device", "auto")
+    base: str | None = about("base", None)
+    dtype: Dtype = about("merge.dtype", "auto")
+    compare: MergeSection = about("compare", MergeSection())
