@@ -1,7 +1,8 @@
 """The model core. Importing it registers `model_type: llmctl` with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from llmctl.model.classify import LlmctlForSequenceClassification
 from llmctl.model.config import MODEL_TYPE, LlmctlConfig
 from llmctl.model.hf import LlmctlForCausalLM, LlmctlModel, compile_blocks, recompute_activations
 from llmctl.model.leaves import Leaf, leaves
@@ -9,11 +10,13 @@ from llmctl.model.leaves import Leaf, leaves
 AutoConfig.register(MODEL_TYPE, LlmctlConfig, exist_ok=True)
 AutoModel.register(LlmctlConfig, LlmctlModel, exist_ok=True)
 AutoModelForCausalLM.register(LlmctlConfig, LlmctlForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(LlmctlConfig, LlmctlForSequenceClassification, exist_ok=True)
 
 __all__ = [
     "Leaf",
     "LlmctlConfig",
     "LlmctlForCausalLM",
+    "LlmctlForSequenceClassification",
     "LlmctlModel",
     "compile_blocks",
     "leaves",

@@ -60,7 +60,7 @@ def target_names(model: nn.Module, wanted: str | Sequence[str]) -> list[str]:
     return [wanted] if isinstance(wanted, str) else list(wanted)
 
 
-def add_lora(  # noqa: PLR0913  (PEFT's own settings, by name)
+def add_lora(
     model: LlmctlPreTrainedModel,
     *,
     r: int,
@@ -95,8 +95,8 @@ def add_lora(  # noqa: PLR0913  (PEFT's own settings, by name)
         task_type=TASKS[task],
         base_model_name_or_path=base,
     )
+    model.name_or_path = base  # what PEFT writes down, whatever the config says
     found = get_peft_model(model, config)
-    found.peft_config["default"].base_model_name_or_path = base
     _mark(model)
     return found
 
@@ -115,7 +115,8 @@ def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter's config and weights into a folder."""
-    model.save_pretrained(folder)
+    # left to itself, PEFT would look for the base, on the hub too, and save embeddings that have grown
+    model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,7 @@ from llmctl.files import read_json
 from llmctl.locate import locate
 from llmctl.model.config import LlmctlConfig
 from llmctl.model.families import CARRIED, FAMILIES, config_in
-from llmctl.model.hf import LlmctlForCausalLM
+from llmctl.model.hf import LlmctlForCausalLM, LlmctlPreTrainedModel
 from llmctl.model.init import initialize
 from llmctl.model.keymap import Rule, load_one, to_core
 from llmctl.recipe.model import ModelSection
@@ -28,6 +28,12 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # buffers that old checkpoints carry and no model needs
 DROPPED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+# end of a class's name -> what it is, and what to do with it where another is needed
+KINDS = {
+    "ForCausalLM": ("a language model", "`llmctl reward` makes a reward model of it"),
+    "ForSequenceClassification": ("a reward model", "`llmctl score` reads it; give a language model here"),
+}
+M = TypeVar("M", bound=LlmctlPreTrainedModel)
 
 
 def new_model(spec: ModelSection, seed: int, **ids: Any) -> LlmctlForCausalLM:
@@ -35,7 +41,7 @@ def new_model(spec: ModelSection, seed: int, **ids: Any) -> LlmctlForCausalLM:
 
     `ids` are bos_token_id, eos_token_id (an int or a list) and pad_token_id.
     """
-    model = _empty(LlmctlConfig.of(spec.resolved(), **ids))
+    model = _empty(LlmctlConfig.of(spec.resolved(), **ids), LlmctlForCausalLM)
     model.to_empty(device="cpu")
     model.tie_weights()
     initialize(model, spec, seed)
@@ -44,26 +50,33 @@ def new_model(spec: ModelSection, seed: int, **ids: Any) -> LlmctlForCausalLM:
 
 
 def load_model(
-    where: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> LlmctlForCausalLM:
+    where: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    kind: type[M] = LlmctlForCausalLM,  # type: ignore[assignment]  # mypy knows no defaults of type variables
+) -> M:
     """The model in a run folder, a Hugging Face folder or on the hub.
 
     Args:
         dtype: of the weights; the checkpoint's own when None.
+        kind: which of our classes it is: what stands on the backbone.
 
     Raises:
-        UserError: no such folder or file, an unsupported architecture, a file that is not
-            safetensors or was cut short, tensors that are missing, unexpected or of another shape.
+        UserError: no such folder or file, an unsupported architecture or another kind of model, a file
+            that is not safetensors or was cut short, tensors that are missing, unexpected or of another
+            shape.
     """
     folder = locate(str(where), FILES)
     config = config_in(folder)
+    _refuse_other_kind(folder, config, kind)
     name = config.spec.family
-    model = _empty(config)
+    model = _empty(config, kind)
     with ExitStack() as stack:
         tensors = _open_weights(folder, stack)
         _fill(model, tensors, FAMILIES[name].rules if name in FAMILIES else (), dtype, device, folder)
     model.tie_weights()
-    model.generation_config = _generation_config(folder, config)
+    if model.can_generate():
+        model.generation_config = _generation_config(folder, config)
     return model.eval()
 
 
@@ -73,9 +86,9 @@ def load_config(where: str | Path) -> LlmctlConfig:
 
 
 @torch.no_grad()
-def load_weights(model: LlmctlForCausalLM, folder: Path) -> None:
+def load_weights(model: LlmctlPreTrainedModel, folder: Path) -> None:
     """Copy the weights of a checkpoint of the same model into `model`, in place, so optimizers keep hold of them."""
-    saved = load_model(folder)
+    saved = load_model(folder, kind=type(model))
     for (name, weight), (_, new) in zip(model.named_parameters(), saved.named_parameters(), strict=True):
         if weight.shape != new.shape:
             raise UserError(f"{folder}: tensor {name} has another shape than in this run", "start a new run")
@@ -93,9 +106,20 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
             logging.enable_progress_bar()
 
 
-def _empty(config: LlmctlConfig) -> LlmctlForCausalLM:
+def _empty(config: LlmctlConfig, kind: type[M]) -> M:
     with torch.device("meta"):
-        return LlmctlForCausalLM(config)
+        return kind(config)
+
+
+def _refuse_other_kind(folder: Path, config: LlmctlConfig, kind: type[LlmctlPreTrainedModel]) -> None:
+    held = {end: name for name in config.architectures or [] for end in KINDS if name.endswith(end)}
+    wanted = next((end for end in KINDS if kind.__name__.endswith(end)), None)
+    if held and wanted not in held:
+        end, name = next(iter(held.items()))
+        raise UserError(
+            f"{folder}: holds {KINDS[end][0]} ({name}), not {KINDS[wanted][0] if wanted else kind.__name__}",
+            KINDS[end][1],
+        )
 
 
 def _generation_config(folder: Path, config: LlmctlConfig) -> GenerationConfig:

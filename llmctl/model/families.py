@@ -24,6 +24,7 @@ from llmctl.recipe.model import ModelSection
 
 # transformers' own fields that travel with a model unchanged
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")
+LABELS = ("id2label", "label2id", "problem_type")  # of a model with a score head
 SLIDING = "sliding_attention"
 
 
@@ -175,7 +176,8 @@ def _translated(name: str, theirs: PreTrainedConfig) -> LlmctlConfig:
     fields = {key: getattr(theirs, key) for key in SHARED if getattr(theirs, key, None) is not None}
     fields |= {"rope_parameters": _read_rope(theirs), "family": name, **FAMILIES[name].read(theirs)}
     _refuse_extras(theirs)
-    return LlmctlConfig(**fields, **{key: getattr(theirs, key, None) for key in CARRIED})
+    carried = {key: getattr(theirs, key, None) for key in (*CARRIED, *LABELS, "architectures")}
+    return LlmctlConfig(**fields, **carried)
 
 
 def _reason(error: Exception) -> str:
@@ -216,7 +218,7 @@ def write_config(config: LlmctlConfig) -> tuple[str, dict[str, Any]]:
             **fields,
             hidden_act="silu",
             rope_parameters=spec.rope_parameters.model_dump(),
-            **{key: getattr(config, key, None) for key in CARRIED},
+            **{key: getattr(config, key, None) for key in (*CARRIED, *LABELS)},
         )
         return name, theirs.to_diff_dict()
     return MODEL_TYPE, config.to_diff_dict() | {"model_type": MODEL_TYPE}

@@ -13,6 +13,7 @@ from typing import Literal
 from torch import nn
 
 LeafKind = Literal["linear", "head"]
+HEADS = ("lm_head", "score")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Leaf:
 
     Attributes:
         name: dotted path of the module, such as `model.layers.0.mlp.up_proj`.
-        kind: `head` for the output head, `linear` for the rest.
+        kind: `head` for the output head or the score head, `linear` for the rest.
         shape: (out, in).
     """
 
@@ -35,5 +36,5 @@ def leaves(model: nn.Module) -> Iterator[Leaf]:
     """All leaves of a model in order of construction. The embedding table is not a matrix product."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            kind: LeafKind = "head" if name.rsplit(".", 1)[-1] == "lm_head" else "linear"
+            kind: LeafKind = "head" if name.rsplit(".", 1)[-1] in HEADS else "linear"
             yield Leaf(name, module, kind, (module.out_features, module.in_features))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from transformers import GenerationConfig
@@ -14,7 +14,7 @@ from llmctl.locate import locate
 from llmctl.model.adapters import ADAPTER_CONFIG, attach, fold, is_adapter
 from llmctl.model.checkpoint import FILES, load_config, load_model
 from llmctl.model.config import LlmctlConfig
-from llmctl.model.hf import LlmctlForCausalLM
+from llmctl.model.hf import LlmctlForCausalLM, LlmctlPreTrainedModel
 from llmctl.model.nf4 import round_nf4
 from llmctl.model.vocabulary import grow_vocabulary
 from llmctl.runs import find_runs, folder_hash, run_of
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 GENERATION_CONFIG = "generation_config.json"
+M = TypeVar("M", bound=LlmctlPreTrainedModel)
 
 
 def open_model(
@@ -63,9 +64,13 @@ def open_adapter(folder: Path, dtype: torch.dtype | None = None) -> PeftModel:
 
 
 def open_base(folder: Path, dtype: torch.dtype | None = None) -> LlmctlForCausalLM:
-    """The model an adapter was trained on, without it: rounded to NF4 if it was when the adapter was trained."""
+    """The model an adapter was trained on, without it."""
+    return as_trained(open_folded(base_of(folder), dtype), folder)
+
+
+def as_trained(model: M, folder: Path) -> M:
+    """An adapter's base as the adapter saw it, in place: with its new rows, and rounded to NF4 if it was then."""
     made = run_of(folder) or {}
-    model = open_folded(base_of(folder), dtype)
     if rows := made.get("vocab_size"):
         grow_vocabulary(model, rows)
     if made.get("base_precision") == "nf4":
@@ -113,4 +118,3 @@ def base_of(folder: Path) -> str:
 
 
 _NAME_IT = "set base_model_name_or_path in its adapter_config.json"
-
