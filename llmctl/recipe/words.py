@@ -108,6 +108,13 @@ WORDS: dict[str, str] = {
     "compare.max_kl": "most nats per token by which the second may diverge from the first",
     "compare.min_effect": "least nats per token by which an adapter must move its base",
     "compare.dtype": "precision of weights and compute",
+    # learning from preferences
+    "reward": "the loss of a reward model",
+    "reward.center_rewards_coefficient": "how strongly the scores of a pair are drawn towards a mean of zero; 0 is off",
+    "dpo": "the loss of direct preference optimization",
+    "dpo.beta": "how much leaving the reference model costs; smaller lets the model go further",
+    "dpo.loss_type": "how a margin becomes a loss: sigmoid (DPO), ipo, hinge, or robust (some labels are wrong)",
+    "dpo.label_smoothing": "share of the pairs whose labels are taken to be wrong; for loss_type robust",
     # generate.*
     "generate": "how to continue a prompt",
     "generate.max_new_tokens": "tokens to produce at most",
