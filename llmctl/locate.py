@@ -1,12 +1,15 @@
-"""MODEL and TOKENIZER arguments: a run folder, a Hugging Face folder, or a hub id."""
+"""What is named and lies in a folder here or on the hub: models, tokenizers, data sets."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from llmctl.errors import UserError
 
 HUB_SECONDS = 10  # how long to wait for the hub's first word
+
+RepoType = Literal["model", "dataset"]
 
 
 def locate(where: str, files: list[str], what: str = "model") -> Path:
@@ -24,22 +27,36 @@ def locate(where: str, files: list[str], what: str = "model") -> Path:
         return path
     if path.exists():
         raise UserError(f"{path}: is a file, but a {what} is a folder", "name the folder it lies in")
-    hint = f"name a folder with a {what}, or a hub id"
     if path.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1 or not where:
-        raise UserError(f"{where}: no such folder", hint)
+        raise UserError(f"{where}: no such folder", f"name a folder with a {what}, or a hub id")
+    return download(where, files, "model", f"name a folder with a {what}, or a hub id")
+
+
+def download(name: str, files: list[str], repo_type: RepoType, hint: str) -> Path:
+    """The folder in the hub's cache with what `files` match of a repository; only what is missing is fetched.
+
+    Args:
+        files: globs of paths in the repository.
+        hint: what to do if `name` cannot be a hub id.
+
+    Raises UserError: as `locate`.
+    """
     from huggingface_hub import snapshot_download
 
-    online = _on_hub(where, hint)
+    online = _on_hub(name, repo_type, hint)
     try:
-        return Path(snapshot_download(where, allow_patterns=files, local_files_only=not online))
+        return Path(
+            snapshot_download(name, repo_type=repo_type, allow_patterns=files, local_files_only=not online)
+        )
     except Exception as error:  # no network shows as one of many errors of many libraries
+        place = PLACES[repo_type]
         raise UserError(
-            f"{where}: not a folder here, and the hub cannot be reached",
-            "check the spelling and the network, or name a folder",
+            f"{name}: not a {place} here, and the hub cannot be reached",
+            f"check the spelling and the network, or name a {place}",
         ) from error
 
 
-def _on_hub(name: str, hint: str) -> bool:
+def _on_hub(name: str, repo_type: RepoType, hint: str) -> bool:
     """Whether the hub says it has `name`; False if it cannot be reached (a cached copy may do).
 
     The library itself would retry for most of a minute before it gives up.
@@ -47,10 +64,11 @@ def _on_hub(name: str, hint: str) -> bool:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+    hub, place = HfApi(), PLACES[repo_type]
     try:
-        HfApi().model_info(name, timeout=HUB_SECONDS)
+        (hub.dataset_info if repo_type == "dataset" else hub.model_info)(name, timeout=HUB_SECONDS)
     except HFValidationError:
-        raise UserError(f"{name}: no such folder", hint) from None
+        raise UserError(f"{name}: no such {place}", hint) from None
     except GatedRepoError:
         raise UserError(
             f"{name}: the hub gives it only to those who accepted its terms",
@@ -58,9 +76,13 @@ def _on_hub(name: str, hint: str) -> bool:
         ) from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"{name}: neither a folder here nor a model on the hub",
-            "check the spelling; a private model needs `hf auth login`",
+            f"{name}: neither a {place} here nor a {repo_type} on the hub",
+            f"check the spelling; a private {repo_type} needs `hf auth login`",
         ) from None
     except Exception:  # no network shows as one of many errors of many libraries
         return False
     return True
+
+
+# What a name may be here, before it is looked for on the hub.
+PLACES: dict[RepoType, str] = {"model": "folder", "dataset": "file or folder"}

@@ -19,7 +19,10 @@ COPY = "copy or download it again"
 
 
 class Array:
-    """The objects of the array in `blocks` of text, and the line on which each begins.
+    """The objects of the array in `blocks` of text: (line, column, object).
+
+    Lines count from 1. The column is where an object begins on its line, from 1, and 0 for the first
+    object of a line: where each has a line of its own, the line says enough.
 
     Iterating raises UserError, with the line, for what is no JSON, no array, or an element that is no
     object.
@@ -27,16 +30,21 @@ class Array:
 
     def __init__(self, path: Path, blocks: Iterator[str], decoder: json.JSONDecoder) -> None:
         self.path, self.blocks, self.decoder = path, blocks, decoder
-        self.text, self.at, self.line = "", 0, 1  # what is held, where it is read, the line of that place
-        self.whole = False  # whether all that is left is held
+        self.text, self.at = "", 0  # what is held, and where in it the reading is
+        self.before = 0  # characters that were read and are no longer held
+        self.line, self.line_begins = 1, 0  # of the place; the latter in characters of the file
+        self.record_line = 0  # the line on which the last object began
 
-    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def __iter__(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
         self._open()
         after = "["
         while (found := self._peek()) != "]":
             if found != "{":
                 raise self._not_an_object(found)
-            yield self.line, self._take()
+            line, column = self.line, self._column()
+            value = self._take()
+            self.record_line = line
+            yield line, column, value
             after = self._peek()
             if after == ",":
                 self.at += 1
@@ -61,13 +69,11 @@ class Array:
         self.at += 1
 
     def _peek(self) -> str:
-        """The next character that is not white space, which becomes the place; empty at the end."""
+        """The next character that is not white space, to which the place moves; empty at the end."""
         while True:
-            end = SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
-            self.line += self.text.count("\n", self.at, end)
-            self.at = end
-            if end < len(self.text):
-                return self.text[end]
+            self._move(SPACE.match(self.text, self.at).end())  # type: ignore[union-attr]
+            if self.at < len(self.text):
+                return self.text[self.at]
             if not self._hold_more():
                 return ""
 
@@ -80,35 +86,53 @@ class Array:
                 cut_off = error.pos > len(self.text) - NEAR_END or error.msg.startswith("Unterminated string")
                 if cut_off and self._hold_more():
                     continue
-                raise self._bad_json(error, cut_off) from None
+                raise self._bad_json(error) from None
             except (ValueError, RecursionError) as error:
                 raise self._error(f"invalid JSON ({why_not(error)})", MEND) from None
-            self.line += self.text.count("\n", self.at, end)
-            self.at = end
+            self._move(end)
             return value
+
+    def _move(self, to: int) -> None:
+        new_lines = self.text.count("\n", self.at, to)
+        if new_lines:
+            self.line += new_lines
+            self.line_begins = self.before + self.text.rfind("\n", self.at, to) + 1
+        self.at = to
 
     def _hold_more(self) -> bool:
         """Hold at least twice what is not yet read, so that a long record is not tried too often."""
-        if self.whole:
-            return False
         held = [self.text[self.at :]]
         size, wanted = 0, max(1, len(held[0]))
         while size < wanted:
             block = next(self.blocks, None)
             if block is None:
-                self.whole = True
                 break
             held.append(block)
             size += len(block)
-        self.text, self.at = "".join(held), 0
+        if size:
+            self.before += self.at
+            self.text, self.at = "".join(held), 0
         return size > 0
 
-    def _bad_json(self, error: json.JSONDecodeError, cut_off: bool) -> UserError:
+    def _column(self) -> int:
+        """The column of the place if an object has begun before it on its line, else 0."""
+        if self.record_line != self.line:
+            return 0
+        return self.before + self.at - self.line_begins + 1
+
+    def _bad_json(self, error: json.JSONDecodeError) -> UserError:
         begins = self.line
-        self.line += self.text.count("\n", self.at, error.pos)
-        if cut_off and error.pos >= len(self.text.rstrip()):
-            return self._error(f"the file ends inside the record of line {begins}", COPY)
-        return self._error(f"invalid JSON ({why_not(error)}) in the record of line {begins}", MEND)
+        self._move(error.pos)
+        if error.pos >= len(self.text.rstrip()):
+            return self._error(f"the file ends inside the record that begins on line {begins}", COPY)
+        column = self.before + self.at - self.line_begins + 1
+        if error.msg.startswith("Unterminated string"):
+            return UserError(
+                f"{self.path}:{self.line}: the file ends inside the string that begins in column {column}",
+                "a closing quote is missing, or the file is truncated",
+            )
+        what = f"{error.msg[:1].lower()}{error.msg[1:]}, column {column}"
+        return UserError(f"{self.path}:{self.line}: invalid JSON ({what})", MEND)
 
     def _not_an_object(self, found: str) -> UserError:
         if not found:
@@ -126,7 +150,8 @@ class Array:
         )
 
     def _error(self, what: str, hint: str) -> UserError:
-        return UserError(f"{self.path}:{self.line}: {what}", hint)
+        column = self._column()
+        return UserError(f"{self.path}:{self.line}{f':{column}' if column else ''}: {what}", hint)
 
 
 def why_not(error: ValueError | RecursionError) -> str:

@@ -63,6 +63,8 @@ def prompt_completion(record: Keys, unread: set[str]) -> Completion | Conversati
         )
     if not text(completion, "completion").strip():
         raise Unusable(f"{ANSWER} is empty")
+    if record.get("tools"):
+        unread.add("tools")
     return Completion(text(prompt, "prompt"), completion)
 
 

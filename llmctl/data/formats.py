@@ -16,7 +16,7 @@ from typing import Any
 from llmctl.data import convert
 from llmctl.data.document import Account
 from llmctl.data.readers import SURROGATE
-from llmctl.data.records import Record, holds_text, records_in
+from llmctl.data.records import Record, holds_text, place, records_in
 from llmctl.data.shapes import Completion, Conversation, Labelled, Preference, Shape, Text
 from llmctl.data.sources import resolve
 from llmctl.data.turns import Bad, Message, Unusable
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 MOST_UNREAD = 20  # keys that are named in the note on what is not read
+MOST_KEYS = 1000  # keys, and sets of keys, that are remembered: data may have new ones in every record
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +45,19 @@ class Example:
 
     Args:
         format: the name in FORMATS.
-        source, line: as in `Record`.
+        source, line, column: as in `Record`.
     """
 
     shape: Shape
     format: str
     source: str
     line: int
+    column: int = 0
+
+    @property
+    def place(self) -> str:
+        """How the messages name it, as `Record.place`."""
+        return place(self.source, self.line, self.column)
 
 
 @dataclass(frozen=True)
@@ -103,12 +110,12 @@ class _Reader:
                 if not shape.encodable():
                     raise Unusable(SURROGATE)
             except Unusable as reason:
-                account.drop(str(reason), f"{record.source}:{record.line}")
+                account.drop(str(reason), record.place)
             except Bad as bad:
-                raise UserError(f"{record.source}:{record.line}: {bad.what}", bad.hint) from None
+                raise UserError(f"{record.place}: {bad.what}", bad.hint) from None
             else:
                 account.keep()
-                yield Example(shape, self.name, record.source, record.line)
+                yield Example(shape, self.name, record.source, record.line, record.column)
         if account.kept == kept:
             reasons = {why: n - dropped.get(why, 0) for why, n in sorted(account.counts.items())}
             said = "; ".join(f"dropped {n:,}: {why}" for why, n in reasons.items() if n)
@@ -122,38 +129,37 @@ class _Reader:
 
     def _check(self, record: Record, keys: tuple[str, ...]) -> None:
         """Find the format, and complain of keys that are none; remember those that are fine."""
-        place = f"{record.source}:{record.line}"
         name = detect(keys, self.formats)
         began = f"line {self.first_line} is `{self.name}`"
         if name is None:
-            raise _no_format(place, keys, self.formats, f"; {began}" if self.name else "")
+            raise _no_format(record.place, keys, self.formats, f"; {began}" if self.name else "")
         if not self.name:
             self.name, self.first_line = name, record.line
         if name != self.name:
             raise UserError(
-                f"{place}: mixed formats: this record is `{name}`, {began}",
+                f"{record.place}: mixed formats: this record is `{name}`, {began}",
                 "a file holds one format: put them in files of their own",
             )
         known = {*self.formats[name].required, *self.formats[name].optional}
         for key in keys:
-            if key not in known:
-                self._check_unknown(place, key, keys)
-        if len(self.fits) < 1000:  # data may have other keys in every record
+            if key not in known and key not in self.unread:
+                self._check_unknown(record.place, key, keys)
+        if len(self.fits) < MOST_KEYS:
             self.fits.add(keys)
 
-    def _check_unknown(self, place: str, key: str, keys: tuple[str, ...]) -> None:
+    def _check_unknown(self, where: str, key: str, keys: tuple[str, ...]) -> None:
         """A key that is one slip away from one that would be read is an error; others are noted."""
-        for name, format in self.formats.items():
+        for format in self.formats.values():
             for meant in (*format.required, *format.optional):
-                if meant not in keys and slip(key, meant):
-                    mended = [meant if k == key else k for k in keys]
-                    found = detect(mended, self.formats)
-                    if found != self.name or (name == found and meant in format.optional):
-                        raise UserError(
-                            f"{place}: `{key}` is not a key of `{found}`",
-                            f"did you mean `{meant}`? else rename it, or delete it",
-                        )
-        if len(self.unread) <= MOST_UNREAD:
+                if meant in keys or not slip(key, meant):
+                    continue
+                found = detect([meant if k == key else k for k in keys], self.formats) or self.name
+                if found != self.name or meant in self.formats[found].optional:
+                    raise UserError(
+                        f"{where}: `{key}` is not a key of `{found}`",
+                        f"did you mean `{meant}`? else rename it, or delete it",
+                    )
+        if len(self.unread) < MOST_KEYS:
             self.unread.add(key)
 
 
@@ -181,25 +187,24 @@ def slip(written: str, meant: str) -> bool:
     return row[-1] <= most
 
 
-def _no_format(place: str, keys: tuple[str, ...], among: dict[str, Format], began: str) -> UserError:
-    has = f"keys {one_of(list(keys))}" if keys else "it has no keys"
-    best, fit = "", 0.0
-    for name, format in among.items():
-        near = [key in keys or nearest(key, list(keys)) is not None for key in format.required]
-        score = sum(near) / len(near) + sum(key in keys for key in format.required) / 10
-        if score > fit:
-            best, fit = name, score
-    if not best:
-        return UserError(
-            f"{place}: fits no format: {has}{began}", f"known are {one_of(list(among))}: see docs/data.md"
-        )
-    missing = [key for key in among[best].required if key not in keys]
-    unknown = [key for key in keys if key not in (*among[best].required, *among[best].optional)]
+def _no_format(where: str, keys: tuple[str, ...], among: dict[str, Format], began: str) -> UserError:
+    said = f"{where}: fits no format: " + (f"keys {one_of(list(keys))}" if keys else "it has no keys")
+
+    def fit(name: str) -> float:
+        """Share of the required keys that are there or nearly there; a bit more for those that are."""
+        needed = among[name].required
+        near = sum(key in keys or nearest(key, list(keys)) is not None for key in needed)
+        return near / len(needed) + sum(key in keys for key in needed) / 10
+
+    best = max(among, key=fit)
+    if fit(best) == 0:
+        return UserError(f"{said}{began}", f"known are {one_of(list(among))}: see docs/data.md")
+    wants = among[best].required
+    missing = [key for key in wants if key not in keys]
+    unknown = [key for key in keys if key not in (*wants, *among[best].optional)]
     close = next((key for key in missing if nearest(key, unknown)), None)
-    return UserError(
-        f"{place}: fits no format: {has}; nearest is {best}{began}",
-        f"did you mean `{close}`?" if close else f"{best} needs {one_of(missing)} too",
-    )
+    hint = f"did you mean `{close}`?" if close else f"{best} needs {one_of(missing)} too"
+    return UserError(f"{said}; nearest is {best}{began}", hint)
 
 
 def formats(text_field: str) -> dict[str, Format]:

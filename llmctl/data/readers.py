@@ -122,7 +122,7 @@ def _field(path: Path, text_field: str, account: Account) -> Iterator[Document]:
     """One field of each record."""
     for record in records_in(path, account):
         if text_field not in record.value:
-            raise _no_field(f"{path}:{record.line}", text_field, list(record.value))
+            raise _no_field(record.place, text_field, list(record.value))
         yield from _of_record(record, text_field, account)
 
 
@@ -140,10 +140,10 @@ def _column(path: Path, text_field: str, account: Account) -> Iterator[Document]
 def _of_record(record: Record, text_field: str, account: Account) -> Iterator[Document]:
     text = record.value[text_field]
     if text is None:
-        account.drop(NULL, f"{record.source}:{record.line}")
+        account.drop(NULL, record.place)
     elif not isinstance(text, str):
         raise UserError(
-            f"{record.source}:{record.line}: `{text_field}` is {kind(text)}, not text",
+            f"{record.place}: `{text_field}` is {kind(text)}, not text",
             FIELD_HINT.format("NAME"),
         )
     else:

@@ -38,11 +38,23 @@ class Record:
     Args:
         source: the file or `builtin:NAME`, as `resolve` lists it.
         line: the line on which it begins, the row of a parquet file, the ordinal in a builtin; from 1.
+        column: where it begins on its line, from 1, if another one begins before it there; else 0.
     """
 
     value: dict[str, Any]
     source: str
     line: int
+    column: int = 0
+
+    @property
+    def place(self) -> str:
+        """How the messages name it: "data.json:3", and "data.json:1:40" if it shares its line."""
+        return place(self.source, self.line, self.column)
+
+
+def place(source: str, line: int, column: int = 0) -> str:
+    """A line of a file, as editors understand it."""
+    return f"{source}:{line}:{column}" if column else f"{source}:{line}"
 
 
 def records(sources: Iterable[str | Path], account: Account) -> Iterator[Record]:
@@ -131,9 +143,10 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constan
 
 
 def _json(path: Path, account: Account) -> Iterator[Record]:
+    source = str(path)
     with open_bytes(path, account) as stream:
-        for line, value in Array(path, decoded(path, stream), DECODER):
-            yield Record(value, str(path), line)
+        for line, column, value in Array(path, decoded(path, stream), DECODER):
+            yield Record(value, source, line, column)
 
 
 def _jsonl(path: Path, account: Account) -> Iterator[Record]:
@@ -184,7 +197,7 @@ def _csv(path: Path, account: Account) -> Iterator[Record]:
                 begins = rows.line_num + 1
         except csv.Error as error:
             raise UserError(
-                f"{path}:{begins}: not a csv record ({error})",
+                f"{path}:{begins}: not a csv record ({str(error).split(' - ')[0]})",
                 'cells stand between commas; inside a cell in "quotes" a quote is doubled, as ""',
             ) from None
 

@@ -14,11 +14,18 @@ from typing import BinaryIO, Literal
 
 from llmctl.data.builtin import BUILTIN, BUILTIN_RECORDS
 from llmctl.data.document import Account
+from llmctl.data.hub import dataset_files, is_hub_name
 from llmctl.errors import UserError, nearest, one_of
 
 BUILTIN_PREFIX = "builtin:"
 FORMATS = (".txt", ".md", ".rst", ".py", ".json", ".jsonl", ".csv", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
+# A data set on the hub has texts about itself in .md and code in .py.
+HUB_ENDINGS = tuple(
+    f"{format}{packed}"
+    for format in (".json", ".jsonl", ".csv", ".parquet", ".txt")
+    for packed in ("", *COMPRESSIONS)
+)
 BUFFER = 1 << 18  # bytes
 
 Wanted = Literal["text", "records"]
@@ -82,6 +89,8 @@ def _expand(source: str, wanted: Wanted) -> list[Path | str]:
             return list(_in_folder(path))
         if path.exists():
             return [_file(path)]
+        if is_hub_name(source) and file_format(path) is None:
+            return list(dataset_files(source, HUB_ENDINGS))
         if glob.has_magic(source):
             return list(_matches(path))
     raise _missing(path)

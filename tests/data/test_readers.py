@@ -63,6 +63,8 @@ LINES = "".join(json.dumps({"text": text, "id": n}) + "\n" for n, text in enumer
         ("a.rst", b"T\n=\n", [("T\n=\n", None)]),
         ("a.jsonl", LINES, [(text, n) for n, text in enumerate(SOME, 1)]),
         ("b.jsonl", b"\xef\xbb\xbf" + LINES.rstrip(b"\n"), [(text, n) for n, text in enumerate(SOME, 1)]),
+        ("a.json", b'[{"text": "a"},\n {"text": "b"}]', [("a", 1), ("b", 2)]),
+        ("a.csv", b'id,text\n1,"a\nb"\n2,c\n', [("a\nb", 2), ("c", 4)]),
         ("c.jsonl", b'\n{"text": "a"}\n \r\n{"text": "b"}\r\n\n', [("a", 2), ("b", 4)]),
     ],
 )
@@ -209,8 +211,13 @@ BAD = [
     ("a.parquet", b"plain", "{p}: not a parquet file, or a damaged one (", "again"),
     ("a.parquet.gz", gzip.compress(b"plain"), "{p}: not a parquet file, or a damaged one (", "again"),
     ("a.parquet.gz", b"plain", "{p}: not a gzip file, or a damaged one", "gzip -t"),
-    ("a.csv", b"text\n", "{p}: cannot tell how to read `.csv` files", "known are `.txt`, `.md`"),
-    ("a.json", b"[]", "{p}: cannot tell how to read `.json` files", "`.jsonl`"),
+    ("a.doc", b"text\n", "{p}: cannot tell how to read `.doc` files", "known are `.txt`, `.md`"),
+    ("a.json", b"[]", "{p}: no usable text (read 0 documents, kept 0)", "check the files"),
+    ("a.json", b'[{"txt": "a"}]', "{p}:1: no field `text`; there is `txt`", "data.text_field=txt"),
+    ("a.csv", b"id,body\n1,a\n", "{p}:2: no field `text`; there is `id`, `body`", "data.text_field=NAME"),
+    ("a.jsonl", gzip.compress(LINES), "{p}: the file is gzip, which its name does not say", ".gz"),
+    ("a.json", zstd(LINES), "{p}: the file is zstd, which its name does not say", ".zst"),
+    ("a.txt", b"PAR1....PAR1", "{p}: the file is parquet, which its name does not say", ".parquet"),
     ("README", b"text", "{p}: cannot tell how to read `README` files", "`.txt`"),
 ]
 
@@ -330,12 +337,17 @@ def test_text_is_cut_in_parts_of_bounded_size(tmp_path, monkeypatch):
         assert max(len(part.text) for part in parts) <= longest
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.zst", "a.json", "b.csv"])
 def test_memory_does_not_grow_with_the_file(tmp_path, name):
-    line = b'{"text": "' + b"some words and more of them " * 30 + b'"}\n'
+    words = b"some words and more of them " * 30
+    begin, line = {
+        ".csv": (b"text\n", words + b"\n"),
+        ".json": (b"[", b'{"text": "' + words + b'"},\n'),
+    }.get(Path(name).suffix, (b"", b'{"text": "' + words + b'"}\n'))
     peaks = []
     for megabytes in (2, 8):
-        data = line * (megabytes * 1_000_000 // len(line))
+        data = begin + line * (megabytes * 1_000_000 // len(line))
+        data = data[:-2] + b"]" if begin == b"[" else data
         path = tmp_path / name
         path.write_bytes({".gz": gzip.compress, ".zst": zstd}.get(path.suffix, bytes)(data))
         del data
