@@ -34,7 +34,12 @@ Keys = dict[str, Any]
 
 def alpaca(record: Keys, unread: set[str]) -> Conversation:
     """One question, perhaps after others, and its answer."""
-    return Conversation([*_asked(record), *_side(record["output"], "output", ANSWER, unread)])
+    answer = record["output"]
+    if answer is None:
+        raise Unusable(f"{ANSWER} is null")
+    if not text(answer, "output").strip():
+        raise Unusable(f"{ANSWER} is empty")
+    return Conversation([*_asked(record), {"role": "assistant", "content": answer}])
 
 
 def chat(record: Keys, unread: set[str]) -> Conversation:
@@ -181,6 +186,8 @@ def _turns(value: Any, field: str, role: str, unread: set[str]) -> list[Message]
     """A string is one turn of `role`; a message and a list of messages are what they are."""
     if type(value) is str:
         return [{"role": role, "content": value}] if value.strip() else []
+    if type(value) not in (dict, list):
+        raise Bad(f"`{field}` is {kind(value)}, neither text nor messages")
     return messages([value] if type(value) is dict else value, field, unread)
 
 
