@@ -81,6 +81,7 @@ class Array:
         """The object that begins at the place, which moves behind it."""
         while True:
             try:
+                value: dict[str, Any]
                 value, end = self.decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 cut_off = error.pos > len(self.text) - NEAR_END or error.msg.startswith("Unterminated string")

@@ -16,7 +16,7 @@ from typing import Any
 from llmctl.data import convert
 from llmctl.data.document import Account
 from llmctl.data.readers import SURROGATE
-from llmctl.data.records import Record, holds_text, place, records_in
+from llmctl.data.records import Record, holds_text, listed, place, records_in, shown
 from llmctl.data.shapes import Completion, Conversation, Labelled, Preference, Shape, Text
 from llmctl.data.sources import resolve
 from llmctl.data.turns import Bad, Message, Unusable
@@ -35,7 +35,6 @@ __all__ = [
     "examples",
 ]
 
-MOST_UNREAD = 20  # keys that are named in the note on what is not read
 MOST_KEYS = 1000  # keys, and sets of keys, that are remembered: data may have new ones in every record
 
 
@@ -123,9 +122,7 @@ class _Reader:
                 f"{item}: no usable record ({said or 'it holds none'})", "mend the file, or leave it out"
             )
         if self.unread:
-            names = sorted(self.unread)
-            more = ", …" if len(names) > MOST_UNREAD else ""
-            account.note(f"{item}: not read: {one_of(names[:MOST_UNREAD])}{more}")
+            account.note(f"{item}: not read: {listed(sorted(self.unread))}")
 
     def _check(self, record: Record, keys: tuple[str, ...]) -> None:
         """Find the format, and complain of keys that are none; remember those that are fine."""
@@ -156,7 +153,7 @@ class _Reader:
                 found = detect([meant if k == key else k for k in keys], self.formats) or self.name
                 if found != self.name or meant in self.formats[found].optional:
                     raise UserError(
-                        f"{where}: `{key}` is not a key of `{found}`",
+                        f"{where}: `{shown(key)}` is not a key of `{found}`",
                         f"did you mean `{meant}`? else rename it, or delete it",
                     )
         if len(self.unread) < MOST_KEYS:
@@ -188,7 +185,7 @@ def slip(written: str, meant: str) -> bool:
 
 
 def _no_format(where: str, keys: tuple[str, ...], among: dict[str, Format], began: str) -> UserError:
-    said = f"{where}: fits no format: " + (f"keys {one_of(list(keys))}" if keys else "it has no keys")
+    said = f"{where}: fits no format: " + (f"keys {listed(keys)}" if keys else "it has no keys")
 
     def fit(name: str) -> float:
         """Share of the required keys that are there or nearly there; a bit more for those that are."""

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from llmctl.data.builtin import BUILTIN
 from llmctl.data.decode import decoded
 from llmctl.data.document import Account, Document
-from llmctl.data.records import Record, kind, parquet_rows, records_in
+from llmctl.data.records import Record, kind, listed, parquet_rows, records_in, shown
 from llmctl.data.sources import BUILTIN_PREFIX, file_format, open_bytes, resolve
-from llmctl.errors import UserError, nearest, one_of
+from llmctl.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -160,15 +160,15 @@ def _check_column(path: Path, file: pq.ParquetFile, text_field: str) -> None:
     if not (kinds.is_string(plain) or kinds.is_large_string(plain) or kinds.is_string_view(plain)):
         raise UserError(
             f"{path}: the column `{text_field}` is {stored}, not text",
-            FIELD_HINT.format("NAME") + f"; there is {one_of(file.schema_arrow.names)}",
+            FIELD_HINT.format("NAME") + f"; there is {listed(file.schema_arrow.names)}",
         )
 
 
 def _no_field(place: str, text_field: str, names: list[str]) -> UserError:
     close = nearest(text_field, names)
     return UserError(
-        f"{place}: no field `{text_field}`; there is {one_of(names) if names else 'nothing'}",
-        FIELD_HINT.format(close or "NAME"),
+        f"{place}: no field `{text_field}`; there is {listed(names) if names else 'nothing'}",
+        FIELD_HINT.format(shown(close or "NAME")),
     )
 
 

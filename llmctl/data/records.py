@@ -21,13 +21,14 @@ from llmctl.data.builtin import BUILTIN, BUILTIN_RECORDS
 from llmctl.data.decode import BLOCK, decoded, lines
 from llmctl.data.document import Account
 from llmctl.data.sources import BUILTIN_PREFIX, file_format, open_bytes, reading, resolve
-from llmctl.errors import UserError
+from llmctl.errors import UserError, one_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
 PARQUET_ROWS = 256  # rows decoded at a time
+MOST_NAMES, LONGEST_NAME = 20, 60  # keys in a message, characters in one of them
 LONGEST_CELL = 1 << 26  # characters in a cell of a csv file; the csv module's own limit is 1 << 17
 
 
@@ -98,6 +99,18 @@ def kind(value: Any) -> str:
     return names.get(type(value), f"of type {type(value).__name__}")
 
 
+def shown(name: str) -> str:
+    """A key of a record as the messages print it: short, and without what does not print."""
+    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name[: LONGEST_NAME + 1])
+    return printable if len(printable) <= LONGEST_NAME else f"{printable[:LONGEST_NAME]}…"
+
+
+def listed(names: Iterable[str], most: int = MOST_NAMES) -> str:
+    """Some of the keys of a record: `a`, `b`, …"""
+    found = list(names)
+    return one_of([shown(name) for name in found[:most]]) + (", …" if len(found) > most else "")
+
+
 def _of_builtin(item: str, account: Account) -> Iterator[Record]:
     name = item.removeprefix(BUILTIN_PREFIX)
     if name in BUILTIN_RECORDS:
@@ -122,7 +135,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"the key `{key}` is given twice")
+                raise ValueError(f"the key `{shown(key)}` is given twice")
             seen.add(key)
     return made
 
@@ -217,7 +230,7 @@ def _check_header(path: Path, header: list[str]) -> None:
 def _check_names(place: str, names: list[str]) -> None:
     twice = next((name for n, name in enumerate(names) if name in names[:n]), None)
     if twice is not None:
-        raise UserError(f"{place}: two columns are called `{twice}`", "rename or delete one of them")
+        raise UserError(f"{place}: two columns are called `{shown(twice)}`", "rename or delete one of them")
 
 
 # --- parquet ----------------------------------------------------------------------------------------

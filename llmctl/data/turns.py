@@ -14,7 +14,7 @@ import re
 from typing import Any
 
 from llmctl.data.array import why_not
-from llmctl.data.records import DECODER, kind
+from llmctl.data.records import DECODER, kind, listed, shown
 from llmctl.errors import nearest, one_of
 
 Message = dict[str, Any]
@@ -132,16 +132,17 @@ def _unknown_role(item: dict[str, Any], key: str, place: str, known: dict[str, s
         return Bad(f"`{place}.{key}` is {kind(role)}, not a role")
     close = nearest(role, list(known))
     return Bad(
-        f"`{place}.{key}`: `{role}` is not one of {one_of(list(known))}",
+        f"`{place}.{key}`: `{shown(role)}` is not one of {one_of(list(known))}",
         f"did you mean `{close}`?" if close else MEND,
     )
 
 
 def _no_key(item: dict[str, Any], key: str, place: str) -> Bad:
     close = nearest(key, list(item))
-    has = one_of(list(item)) if item else "nothing"
+    has = listed(item) if item else "nothing"
     return Bad(
-        f"`{place}` has no `{key}`; there is {has}", f"did you mean `{key}` by `{close}`?" if close else MEND
+        f"`{place}` has no `{key}`; there is {has}",
+        f"did you mean `{key}` by `{shown(close)}`?" if close else MEND,
     )
 
 

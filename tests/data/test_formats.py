@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llmctl.data.builtin import BUILTIN_RECORDS
 from llmctl.data.document import Account
 from llmctl.data.formats import FORMATS, Conversation, Preference, Text, examples, slip
 from llmctl.errors import UserError
@@ -42,6 +46,17 @@ def test_the_first_record_decides_the_format(tmp_path, second, message, hint):
     raised = error(path)
     assert raised.message == f"{path}:2: {message}"
     assert hint in (raised.hint or "")
+
+
+def test_the_page_has_a_row_for_each_format():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| (`.+?) \|", page, re.MULTILINE))
+    for name, format in FORMATS.items():
+        keys, _, optional = rows[name].partition("(")
+        assert set(format.required) <= set(re.findall(r"`(\w+)`", keys))
+        assert set(format.optional) <= set(re.findall(r"`(\w+)`", optional))
+    for name in BUILTIN_RECORDS:
+        assert f"`builtin:{name}`" in page
 
 
 def test_each_file_has_its_own_format(tmp_path):

@@ -50,6 +50,18 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
         "fits no format: keys `a`, `b`",
         "known are `preference-sharegpt`, `preference-alpaca`",
     ),
+    (
+        {"a\nb": 1, "\ud800": 2, "x" * 99: 3, **{f"k{n}": 0 for n in range(20)}},
+        f"fits no format: keys `a\\nb`, `\\ud800`, `{'x' * 60}…`, "
+        + ", ".join(f"`k{n}`" for n in range(17))
+        + ", …",
+        "known are",
+    ),
+    (
+        {"messages": [{"role": "a\nb", "content": Q}]},
+        f"`messages[0].role`: `a\\nb` is not one of {ROLES}",
+        "mend",
+    ),
     ({}, "fits no format: it has no keys", "see docs/data.md"),
     (
         {"instruction": Q, "inptu": "", "output": A},
