@@ -61,12 +61,6 @@ class Account:
         if len(examples) < EXAMPLES:
             examples.append(place)
 
-    def drop_kept(self, reason: str, place: str) -> None:
-        """Count one that was kept as dropped after all."""
-        self.read -= 1
-        self.kept -= 1
-        self.drop(reason, place)
-
     def reject(self, reason: str, place: str) -> None:
         """Count one that was kept as dropped after all."""
         self.read -= 1

@@ -171,7 +171,7 @@ def test_a_kept_record_may_be_dropped_after_all():
     account = Account(noun="record")
     account.keep()
     account.keep()
-    account.drop_kept("too long", "a:2")
+    account.reject("too long", "a:2")
     assert account.lines() == ["read 2 records, kept 1", "dropped 1: too long (a:2)"]
 
 
