@@ -89,6 +89,13 @@ def open_config(where: str | Path) -> LlmctlConfig:
     return config
 
 
+def base_dtype(folder: Path) -> torch.dtype:
+    """The precision in which the base of an adapter is stored."""
+    where = base_of(folder)
+    inner = locate(where, FILES)
+    return base_dtype(inner) if is_adapter(inner) else load_model(inner).dtype
+
+
 def base_of(folder: Path) -> str:
     """Where the base of an adapter lies now.
 

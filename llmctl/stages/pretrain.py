@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +11,6 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.errors import UserError
-from llmctl.files import folder_atomic, sync_folder, write_atomic
 from llmctl.kernels.device import Compute, pick_compute
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.checkpoint import load_config, load_model, load_weights, new_model, save_model
@@ -23,8 +19,8 @@ from llmctl.model.families import write_config
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.schema import GenerateSection, PretrainRecipe
-from llmctl.report import report_html
-from llmctl.runs import METRICS, Run, RunResult, check_out, default_out, finished_metrics
+from llmctl.runs import Run, RunResult, check_out, default_out, finished_metrics
+from llmctl.stages.finish import install, write_report
 from llmctl.stages.generate import continue_ids, prompt_ids
 from llmctl.stages.plan import plan_pretraining
 from llmctl.stages.text import (
@@ -49,9 +45,7 @@ from llmctl.train.loop import Job, train
 from llmctl.train.losses import LOSSES
 
 STAGE = "pretrain"
-REPORT = "report.html"
 SAMPLES, SAMPLE_TOKENS = 3, 80  # in the report
-FINAL = "final"  # the finished model, built beside the run's other files and then moved up
 
 
 @dataclass
@@ -110,8 +104,8 @@ def run(recipe: PretrainRecipe, talk: Talk, *, resume: bool = False, dry_run: bo
     with Run.start(STAGE, out, saved, resume=resume, **fields) as opened:
         job = _job(recipe, inputs, model, train_rows, eval_rows, out)
         metrics = train(job, talk)
-        _install(model, inputs.tokenizer, out)
-        write_atomic(out / REPORT, _report(out, inputs, metrics))
+        install(partial(_save_files, model, inputs.tokenizer), out)
+        write_report(out, STAGE, metrics, _samples(out, inputs))
         opened.finish(metrics)
     return RunResult(out, metrics)
 
@@ -189,18 +183,8 @@ def _save_files(model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast, fo
     tokenizer.save_pretrained(folder)
 
 
-def _install(model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Put the finished model and its tokenizer into the run folder, each file whole or not at all."""
-    with folder_atomic(out / FINAL) as folder:
-        _save_files(model, tokenizer, folder)
-    for file in sorted((out / FINAL).iterdir()):
-        os.replace(file, out / file.name)
-    shutil.rmtree(out / FINAL)
-    sync_folder(out)
-
-
-def _report(out: Path, inputs: Inputs, metrics: dict[str, Any]) -> str:
-    """report.html: the curves, and what the model that was just written says when it begins from nothing."""
+def _samples(out: Path, inputs: Inputs) -> list[tuple[str, str]]:
+    """What the model that was just written says when it begins from nothing."""
     tokenizer = inputs.tokenizer
     model = load_model(out, device=inputs.compute.device)
     ids = prompt_ids(tokenizer, "", False, str(out)) if tokenizer.bos_token_id is not None else []
@@ -208,8 +192,7 @@ def _report(out: Path, inputs: Inputs, metrics: dict[str, Any]) -> str:
     for seed in range(SAMPLES if ids else 0):
         settings = GenerateSection(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_p=0.95, seed=seed)
         samples.append(("", continue_ids(model, tokenizer, ids, settings, SILENT, None)["text"]))
-    rows = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
-    return report_html(f"{STAGE} {out.name}", rows, metrics, samples)
+    return samples
 
 
 def _parents(recipe: PretrainRecipe) -> list[dict[str, Any]]:

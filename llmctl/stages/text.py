@@ -201,9 +201,7 @@ def score_rows(
     max_rows: int | None = None,
 ) -> Score:
     """Score a model on rows; every document's tokens are predicted from that document alone."""
-    batches = eval_batches(
-        text.laid, batch_size=batch_size, pad_id=pad_id_of(tokenizer), max_rows=max_rows
-    )
+    batches = eval_batches(text.laid, batch_size=batch_size, pad_id=pad_id_of(tokenizer), max_rows=max_rows)
     special = textless_ids(tokenizer)
     return score(model, batches, text.bytes(max_rows), special, compute)
 

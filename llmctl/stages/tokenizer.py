@@ -31,7 +31,7 @@ from llmctl.tokenizer.train import train_tokenizer
 
 STAGE = "tokenizer"
 MB = 1e6
-SAMPLE = 1_000_000  # characters, from the start of the data, on which bytes per token are measured
+SAMPLE = 1_000_000  # characters, from the start of the data, on which the tokenizer is measured
 
 
 def run(recipe: TokenizerRecipe, talk: Talk) -> RunResult:
@@ -47,7 +47,7 @@ def run(recipe: TokenizerRecipe, talk: Talk) -> RunResult:
     check_out(out, resumable=False)
     if not recipe.data.train:
         raise UsageError("no data to learn from", "name files, for example `llmctl tokenizer train TEXT.txt`")
-    kind_named(recipe.kind, recipe.vocab_size)
+    kind_named(recipe.kind, recipe.vocab_size, recipe.min_frequency)
     stream = _Stream(recipe, talk)
     tokenizer = train_tokenizer(
         recipe.kind,
@@ -63,8 +63,9 @@ def run(recipe: TokenizerRecipe, talk: Talk) -> RunResult:
         "vocab_size": len(tokenizer),
         "bytes": stream.bytes,
         "seconds": round(time.monotonic() - begin, 3),
-        "bytes_per_token": evaluate_tokenizer(tokenizer, iter(stream.sample))["bytes_per_token"],
     }
+    measured = evaluate_tokenizer(tokenizer, iter(stream.sample))
+    metrics |= {name: measured[name] for name in ("bytes_per_token", "unknown_rate", "round_trip")}
     with _written_beside(tokenizer, out) as finished:
         fields = {
             "parents": [],

@@ -56,7 +56,7 @@ def template_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Ids of the special tokens that the template writes around an ordinary conversation, sorted."""
     turns: list[Message] = [{"role": role, "content": MARK} for role in ("user", "assistant")]
     renderer = Renderer(tokenizer)
-    ids = set(renderer.encode([renderer.render(turns)])[0].ids)
+    ids = set(renderer.prompt_ids(turns))
     return sorted(ids & {token for token, about in tokenizer.added_tokens_decoder.items() if about.special})
 
 

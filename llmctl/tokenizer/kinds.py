@@ -1,31 +1,43 @@
-"""The kinds of tokenizer, one table: how each is built, and how it learns."""
+"""The kinds of tokenizer, one table: how each learns, and what it promises."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from typing import Literal
 
 from llmctl.errors import UserError, one_of
-
-PAD = "<|pad|>"
-BOS = "<|bos|>"
-EOS = "<|eos|>"
-TURN_START = "<|im_start|>"
-TURN_END = "<|im_end|>"
-SPECIAL_TOKENS = (PAD, BOS, EOS, TURN_START, TURN_END)  # their ids are 0, 1, 2, 3, 4
-
-BYTES = 256
-
-# Where a merge may not cross: English contractions; a word with the one character before it (mostly
-# a space); up to three digits; a run of other signs with the line breaks after it; line breaks;
-# spaces. This is the split of Llama 3, letter for letter, because GGUF stores no split, only the
-# name of a known one.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from llmctl.recipe.schema import TokenizerRecipe
+from llmctl.tokenizer import learners
+from llmctl.tokenizer.learners import BYTES, Batches, Learned
+from llmctl.tokenizer.special import (
+    BOS,
+    EOS,
+    PAD,
+    SPECIAL_TOKENS,
+    TURN_END,
+    TURN_START,
+    UNKNOWN,
+    WITH_UNKNOWN,
 )
+
+__all__ = [
+    "BOS",
+    "EOS",
+    "KINDS",
+    "PAD",
+    "SPECIAL_TOKENS",
+    "TURN_END",
+    "TURN_START",
+    "UNKNOWN",
+    "Kind",
+    "kind_named",
+]
+
+# The default stands in every recipe, so it is no wish that a kind could fail to grant.
+DEFAULT_MIN_FREQUENCY = TokenizerRecipe.model_fields["min_frequency"].default
+
+Keeps = Literal["text", "characters", "words"]
 
 
 @dataclass(frozen=True)
@@ -33,48 +45,35 @@ class Kind:
     """One algorithm.
 
     Args:
+        learn: makes a tokenizer out of (batches of texts, vocab_size, min_frequency).
         smallest: the least `vocab_size`, special tokens included.
         needs: what takes up the smallest vocabulary, for the error message.
-        build: makes the untrained tokenizer and the trainer from (vocab_size, min_frequency).
+        keeps: what comes back from ids: `text`, any text exactly; `characters`, any text exactly that
+            is made of characters with an entry; `words`, the known words in their order, but not the
+            white space between them.
+        unknown: whether it has an unknown token.
+        counts: whether `min_frequency` means something to it.
     """
 
+    learn: Callable[[Batches, int, int], Learned]
     smallest: int
     needs: str
-    build: Callable[[int, int], tuple[Tokenizer, trainers.Trainer]]
+    keeps: Keeps
+    unknown: bool
+    counts: bool
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every text comes back exactly from its ids."""
+        return self.keeps == "text"
 
 
-def _byte_bpe(vocab_size: int, min_frequency: int) -> tuple[Tokenizer, trainers.Trainer]:
-    """Byte-pair encoding over UTF-8 bytes (Sennrich et al. 2016; GPT-2, Radford et al. 2019).
-
-    Every byte has an entry, so any text can be written and comes back exactly; nothing is unknown.
-    """
-    # ignore_merges: a whole word of the vocabulary is taken at once, as Llama 3 and GGUF readers do
-    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, SPECIAL_TOKENS.index(BOS))]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=list(SPECIAL_TOKENS),
-        show_progress=False,
-    )
-    return tokenizer, trainer
-
-
-def kind_named(name: str, vocab_size: int) -> Kind:
+def kind_named(name: str, vocab_size: int, min_frequency: int) -> Kind:
     """The kind of that name.
 
     Raises:
-        UserError: no such kind, or `vocab_size` is below what the kind needs.
+        UserError: no such kind, `vocab_size` is below what the kind needs, or `min_frequency` asks
+            for what the kind does not do.
     """
     if name not in KINDS:
         raise UserError(f"kind: `{name}` is not one of {one_of(list(KINDS))}", "choose one of them")
@@ -84,13 +83,69 @@ def kind_named(name: str, vocab_size: int) -> Kind:
             f"vocab_size: {vocab_size} is too small for `{name}`, which needs at least {kind.smallest}",
             f"{kind.needs} take the first {kind.smallest} entries",
         )
+    if min_frequency > DEFAULT_MIN_FREQUENCY and not kind.counts:
+        raise UserError(
+            f"min_frequency: {min_frequency} means nothing to `{name}`, which learns no merges",
+            "leave it out",
+        )
     return kind
 
 
 KINDS: dict[str, Kind] = {
     "byte-bpe": Kind(
+        learn=learners.byte_bpe,
         smallest=len(SPECIAL_TOKENS) + BYTES,
         needs=f"{len(SPECIAL_TOKENS)} special tokens and {BYTES} bytes",
-        build=_byte_bpe,
+        keeps="text",
+        unknown=False,
+        counts=True,
+    ),
+    "bpe": Kind(
+        learn=learners.bpe,
+        smallest=len(WITH_UNKNOWN) + 1,
+        needs=f"{len(WITH_UNKNOWN)} special tokens and a character",
+        keeps="characters",
+        unknown=True,
+        counts=True,
+    ),
+    "wordpiece": Kind(
+        learn=learners.wordpiece,
+        smallest=len(WITH_UNKNOWN) + 2,
+        needs=f"{len(WITH_UNKNOWN)} special tokens and a character, at the beginning of a word and inside it,",
+        keeps="words",
+        unknown=True,
+        counts=True,
+    ),
+    "unigram": Kind(
+        learn=learners.unigram,
+        smallest=len(WITH_UNKNOWN) + 2,
+        needs=f"{len(WITH_UNKNOWN)} special tokens, the space and a character",
+        keeps="characters",
+        unknown=True,
+        counts=False,
+    ),
+    "sentencepiece": Kind(
+        learn=learners.sentencepiece,
+        smallest=len(SPECIAL_TOKENS) + BYTES + 1,
+        needs=f"{len(SPECIAL_TOKENS)} special tokens, {BYTES} bytes and the space",
+        keeps="text",
+        unknown=False,
+        counts=True,
+    ),
+    "word": Kind(
+        learn=learners.word,
+        smallest=len(WITH_UNKNOWN) + 1,
+        needs=f"{len(WITH_UNKNOWN)} special tokens and a word",
+        keeps="words",
+        unknown=True,
+        counts=True,
+    ),
+    "char": Kind(
+        learn=learners.char,
+        smallest=len(WITH_UNKNOWN) + 1,
+        needs=f"{len(WITH_UNKNOWN)} special tokens and a character",
+        keeps="characters",
+        unknown=True,
+        counts=False,
     ),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,21 +92,20 @@ class Renderer:
         return Rendered(self._text(messages, tools, generation=True), (), guarded)
 
     def prompt_ids(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """The ids after which the assistant begins to write."""
-        return self.encode([self.prompt(messages, tools)])[0].ids
+        """The ids after which the assistant begins to write. Raises RenderError as `prompt`."""
+        found = self.encode([self.prompt(messages, tools)])[0]
+        assert isinstance(found, Encoded)  # only the beginning of an answer can fail
+        return found.ids
 
-    def encode(self, rendered: Sequence[Rendered]) -> list[Encoded]:
+    def encode(self, rendered: Sequence[Rendered]) -> list[Encoded | RenderError]:
         """Texts as ids, many at a time.
 
-        Raises RenderError if a token reaches across the beginning of an answer: generation could never
-        begin there.
+        A RenderError stands where a token reaches across the beginning of an answer: generation could
+        never begin there.
         """
-        found: list[Encoded | None] = [None] * len(rendered)
-        plain = [index for index, one in enumerate(rendered) if not one.guarded]
-        texts = [rendered[index].text for index in plain]
-        for index, encoding in zip(plain, encodings(self.tokenizer, texts, special=True), strict=True):
-            found[index] = _located(encoding, rendered[index])
-        return [one or self._encode_guarded(rendered[index]) for index, one in enumerate(found)]
+        plain = [one for one in rendered if not one.guarded]
+        found = iter(_encode_all(self.tokenizer, plain, special=True))
+        return [_caught(self._encode_guarded, one) if one.guarded else next(found) for one in rendered]
 
     # --- text -----------------------------------------------------------------------------------------
 
@@ -214,6 +213,27 @@ class Renderer:
             ids += encoding.ids
         bounds[len(rendered.text)] = len(ids)
         return Encoded(ids, tuple((bounds[start], bounds[end]) for start, end in rendered.spans))
+
+
+def encode_plain(
+    tokenizer: PreTrainedTokenizerFast, rendered: Sequence[Rendered]
+) -> list[Encoded | RenderError]:
+    """As `Renderer.encode`, for text that no template rendered: special tokens in it are text."""
+    return _encode_all(tokenizer, rendered, special=False)
+
+
+def _encode_all(
+    tokenizer: PreTrainedTokenizerFast, rendered: Sequence[Rendered], special: bool
+) -> list[Encoded | RenderError]:
+    found = encodings(tokenizer, [one.text for one in rendered], special=special)
+    return [_caught(_located, *pair) for pair in zip(found, rendered, strict=True)]
+
+
+def _caught(work: Callable[..., Encoded], *what: Any) -> Encoded | RenderError:
+    try:
+        return work(*what)
+    except RenderError as error:
+        return error
 
 
 def _located(encoding: Encoding, rendered: Rendered) -> Encoded:

@@ -4,37 +4,49 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import groupby
 
 from transformers import PreTrainedTokenizerFast
 
+from llmctl.tokenizer.special import SPACE
+
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-SPACE = "\u2581"  # how SentencePiece writes a space
 
 
 def pieces(tokenizer: PreTrainedTokenizerFast, text: str) -> list[tuple[int, str, bytes]]:
     """(id, entry of the vocabulary, UTF-8 bytes it stands for) of every token of `text`.
 
-    Special tokens written in the text are taken as such; none is added. Where no normalizer
-    changes the text, the bytes joined are the text; a tokenizer that is not byte-level gives the
-    bytes of a character split over several tokens to each of them.
+    Special tokens written in the text are taken as such; none is added. The bytes joined are the text,
+    but for what a normalizer or a splitter drops. Of tokens that stand for one and the same place, the
+    first has all its bytes, unless each of them is a byte.
     """
     backend = tokenizer.backend_tokenizer
     encoded = backend.encode(text, add_special_tokens=False)
     special = {token.content for token in backend.get_added_tokens_decoder().values()}
     byte_level = '"ByteLevel"' in json.dumps(json.loads(backend.to_str())["decoder"])
     found = []
-    for token, piece, (start, end) in zip(encoded.ids, encoded.tokens, encoded.offsets, strict=True):
-        as_byte = BYTE_PIECE.fullmatch(piece)
-        if byte_level and piece not in special:
-            raw = bytes(BYTE_OF[character] for character in piece)
-        elif as_byte:
-            raw = bytes([int(as_byte[1], 16)])
-        elif piece.strip(SPACE) == "" and not text[start:end].isspace():
-            raw = b""  # a space that the tokenizer put before the text itself
+    rows = zip(encoded.ids, encoded.tokens, encoded.offsets, strict=True)
+    for (start, end), group in groupby(rows, key=lambda row: row[2]):
+        same = [(token, piece) for token, piece, _ in group]
+        if byte_level and not special.issuperset(piece for _, piece in same):
+            raw = [bytes(BYTE_OF[character] for character in piece) for _, piece in same]
         else:
-            raw = text[start:end].encode()
-        found.append((token, piece, raw))
+            raw = _shares([piece for _, piece in same], text[start:end])
+        found += [(token, piece, part) for (token, piece), part in zip(same, raw, strict=True)]
     return found
+
+
+def _shares(entries: list[str], text: str) -> list[bytes]:
+    """The bytes of `text` that each of the entries at one place stands for."""
+    matches = [BYTE_PIECE.fullmatch(entry) for entry in entries]
+    single = [bytes([int(match[1], 16)]) for match in matches if match]
+    if len(single) == len(entries) and b"".join(single) == text.encode():
+        return single
+    first, others = entries[0], entries[1:]
+    if first.strip(SPACE) == "" and text.strip(SPACE) and not text.isspace():
+        # a space that the tokenizer put before the text itself
+        return [b"", *(_shares(others, text) if others else [])]
+    return [text.encode(), *(b"" for _ in others)]
 
 
 def _byte_characters() -> dict[str, int]:

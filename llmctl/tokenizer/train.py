@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmctl.errors import UserError
 from llmctl.talk import SILENT, Talk
-from llmctl.tokenizer.kinds import BOS, EOS, PAD, TURN_END, TURN_START, kind_named
+from llmctl.tokenizer.kinds import BOS, EOS, PAD, TURN_END, TURN_START, UNKNOWN, kind_named
 from llmctl.tokenizer.template import CHATML
 
 BATCH = 256  # texts handed over at a time
@@ -29,20 +29,24 @@ def train_tokenizer(
     """Learn a vocabulary from texts, which are read once and not kept.
 
     Ctrl-C is obeyed at once, also while merges are learned. What the data cannot fill stays out:
-    the result may be smaller than `vocab_size`, which is said.
+    the result may be smaller than `vocab_size`, which is said; so are characters that got no entry.
 
     Raises:
-        UserError: unknown kind, `vocab_size` too small for it, or no text at all.
+        UserError: see `kind_named`; `vocab_size` is too small for the text, or there is no text at all.
     """
-    tokenizer, trainer = kind_named(kind, vocab_size).build(vocab_size, min_frequency)
+    chosen = kind_named(kind, vocab_size, min_frequency)
     seen = _Seen()
-    _obeying_ctrl_c(lambda stop: tokenizer.train_from_iterator(_batches(texts, seen, stop), trainer=trainer))
-    if seen.characters == 0:
-        raise UserError("there is no text to learn a tokenizer from", "name files with text in them")
-    size = tokenizer.get_vocab_size()
+    learned = _obeying_ctrl_c(
+        lambda stop: chosen.learn(_batches(texts, seen, stop), vocab_size, min_frequency)
+    )
+    size = learned.tokenizer.get_vocab_size()
     if size < vocab_size:
         talk.say(f"the data fills only {size:,} of {vocab_size:,} entries; the vocabulary has {size:,}")
-    return wrap(tokenizer, chat_template)
+    if learned.left_out:
+        fate = f"becomes {UNKNOWN}" if chosen.unknown else "is written in bytes"
+        share = learned.left_out.total() / seen.characters
+        talk.say(f"characters without an entry: {len(learned.left_out):,}; {share:.2%} of the text {fate}")
+    return wrap(learned.tokenizer, chat_template)
 
 
 def wrap(tokenizer: Tokenizer, chat_template: str | None) -> PreTrainedTokenizerFast:
@@ -52,6 +56,7 @@ def wrap(tokenizer: Tokenizer, chat_template: str | None) -> PreTrainedTokenizer
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
+        unk_token=UNKNOWN if tokenizer.token_to_id(UNKNOWN) is not None else None,
         extra_special_tokens=[TURN_START, TURN_END],
         clean_up_tokenization_spaces=False,
         chat_template=chat_template,
@@ -78,6 +83,8 @@ def _batches(texts: Iterator[str], seen: _Seen, stop: threading.Event) -> Iterat
         if len(batch) == BATCH:
             yield batch
             batch = []
+    if seen.characters == 0:
+        raise UserError("there is no text to learn a tokenizer from", "name files with text in them")
     yield batch
 
 

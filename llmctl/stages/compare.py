@@ -1,0 +1,133 @@
+"""`llmctl compare`: is the second model the first one still?"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from llmctl.data.batches import eval_batches
+from llmctl.engine.generate import generate
+from llmctl.errors import CheckFailed, UserError
+from llmctl.evaluate.parity import parity
+from llmctl.kernels.device import Compute, pick_compute
+from llmctl.model import LlmctlForCausalLM
+from llmctl.model.open import open_config, open_model
+from llmctl.recipe.tune import CompareRecipe, CompareSection, SftData
+from llmctl.stages.rows import TalkRows, read_rows, require_data
+from llmctl.stages.sft import likeliest
+from llmctl.stages.text import pad_id_of, refuse_mismatch, refuse_swapped_tokenizer, row_length
+from llmctl.talk import Talk
+from llmctl.tokenizer.choose import OWN, choose_template
+from llmctl.tokenizer.load import fingerprint, load_tokenizer
+from llmctl.tokenizer.template import stop_ids, template_hash
+
+
+def run(recipe: CompareRecipe, talk: Talk) -> dict[str, Any]:
+    """Figures of `Parity`, stop rates, and answers side by side; `failed` says what is out of bounds.
+
+    Raises UserError: no data, models that cannot be opened, two tokenizers that differ.
+    """
+    settings = recipe.compare
+    require_data(settings.data, "compare on")
+    assert recipe.base is not None and recipe.other is not None
+    compute = pick_compute(recipe.device, settings.dtype, "compare.dtype")
+    rows = shared_rows(recipe.base, recipe.other, settings, talk)
+    a, b = (open_model(where, compute.dtype, compute.device) for where in (recipe.base, recipe.other))
+    found = held_together(a, b, rows, recipe.base, settings, compute)
+    return found | {"failed": out_of_bounds(found, settings)}
+
+
+def shared_rows(a: str, b: str, settings: CompareSection, talk: Talk) -> TalkRows:
+    """The data as rows for both models. Raises UserError if they would not read the same ids."""
+    tokenizers = []
+    for where in (a, b):
+        config = open_config(where)
+        tokenizer = load_tokenizer(where)
+        refuse_swapped_tokenizer(tokenizer, where)
+        refuse_mismatch(tokenizer, config.vocab_size, where)
+        tokenizers.append(tokenizer)
+    one, other = tokenizers
+    if fingerprint(one) != fingerprint(other):
+        raise UserError(
+            f"{a} and {b} have different tokenizers, so their tokens cannot be compared",
+            "`llmctl eval` measures each in bits per byte, which compares",
+        )
+    choice = choose_template(one, OWN)
+    if choice.said:
+        talk.say(choice.said)
+    if other.chat_template is not None and template_hash(one) != template_hash(other):
+        talk.say(f"the chat templates differ: both models read the rows through that of {a}")
+    longest = min(open_config(where).max_position_embeddings for where in (a, b))
+    length = row_length(settings.max_length, longest, "compare.max_length")
+    data = SftData(train=settings.data, text_field=settings.text_field, overlong="truncate", packing=False)
+    rows = read_rows(settings.data, data, one, length, talk)
+    return rows
+
+
+def held_together(
+    a: LlmctlForCausalLM,
+    b: LlmctlForCausalLM,
+    rows: TalkRows,
+    where: str,
+    settings: CompareSection,
+    compute: Compute,
+) -> dict[str, Any]:
+    """Both models on the same rows and prompts; see `run`."""
+    tokenizer = load_tokenizer(where)
+    choose_template(tokenizer, OWN)
+    batches = eval_batches(
+        rows.laid,
+        batch_size=settings.batch_size,
+        pad_id=pad_id_of(tokenizer),
+        max_rows=settings.max_rows,
+    )
+    found: dict[str, Any] = parity(a, b, batches, compute).figures()
+    found["rows"] = min(settings.max_rows, len(rows.laid.rows))
+    stops = frozenset(stop_ids(tokenizer))
+    answers = []
+    for prompt, reference in rows.prompts(settings.answers):
+        said = [_answer(model, prompt, settings.max_new_tokens, stops, compute) for model in (a, b)]
+        answers.append(
+            {
+                "prompt": tokenizer.decode(prompt),
+                "reference": tokenizer.decode(reference),
+                "a": tokenizer.decode(said[0]),
+                "b": tokenizer.decode(said[1]),
+                "stopped_a": bool(said[0]) and said[0][-1] in stops,
+                "stopped_b": bool(said[1]) and said[1][-1] in stops,
+            }
+        )
+    count = len(answers)
+    for side in ("a", "b"):
+        found[f"stop_rate_{side}"] = sum(one[f"stopped_{side}"] for one in answers) / count if count else None
+    found["same_answers"] = sum(one["a"] == one["b"] for one in answers) / count if count else None
+    return found | {"answers": answers}
+
+
+def out_of_bounds(found: dict[str, Any], settings: CompareSection) -> list[str]:
+    """What the bounds forbid, a sentence each; NaN is out of every bound."""
+    failed = []
+    if not found["top1"] >= settings.min_top1:
+        failed.append(f"top-1 agreement {found['top1']:.4f} is below {settings.min_top1:g}")
+    if not found["kl"] <= settings.max_kl:
+        shown = "not a number" if math.isnan(found["kl"]) else f"{found['kl']:.4g}"
+        failed.append(f"divergence {shown} is above {settings.max_kl:g} nats per token")
+    return failed
+
+
+def refuse_drift(failed: list[str], a: str | Path, b: str | Path) -> None:
+    """Raise CheckFailed if anything was out of bounds."""
+    if failed:
+        raise CheckFailed(
+            f"{b} is not what {a} is: {'; '.join(failed)}",
+            "if that is expected, allow it with compare.min_top1 and compare.max_kl",
+        )
+
+
+def _answer(
+    model: LlmctlForCausalLM, prompt: list[int], longest: int, stops: frozenset[int], compute: Compute
+) -> list[int]:
+    room = min(longest, model.config.max_position_embeddings - len(prompt))
+    with compute.autocast():
+        return list(generate(model, prompt, room, likeliest, stops)) if room > 0 else []

@@ -1,0 +1,229 @@
+"""Conversations and texts as the rows a loop trains on, with an account of every record read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from llmctl.data.batches import Laid, labels_of, split_holdout
+from llmctl.data.document import Account
+from llmctl.data.formats import examples
+from llmctl.data.packing import Pieces, cut, pack, unpacked
+from llmctl.errors import UserError, one_of
+from llmctl.recipe.tune import SftData
+from llmctl.stages.encode import Encoder, Row
+from llmctl.talk import Talk
+
+SHARE = 0.1  # of the records that may be dropped for their length without being asked to
+UNTRAINED = "nothing of an answer is within {:,} tokens"
+OVERLONG = "longer than {:,} tokens"
+
+
+@dataclass(frozen=True)
+class TalkRows:
+    """Rows of one data set.
+
+    Args:
+        places: where each document was read, by its number.
+        formats: format -> records of it.
+        fingerprint: hash of all ids and labels, so of everything training sees.
+    """
+
+    laid: Laid
+    doc_start: np.ndarray
+    places: Sequence[str]
+    account: Account
+    formats: dict[str, int]
+    fingerprint: str
+    max_length: int
+
+    def manifest(self, sources: list[str]) -> dict[str, Any]:
+        """What a manifest records of the data."""
+        return {
+            "sources": sources,
+            "fingerprint": self.fingerprint,
+            "formats": self.formats,
+            "rows": len(self.laid.rows),
+            "tokens": int(self.laid.pieces.length.sum()),
+            "trained_tokens": self.laid.trained_tokens,
+            "cut": self.laid.pieces.counts,
+            "account": self.account.to_json(),
+        }
+
+    def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
+        """Prompt and answer, as ids, of the first `count` pieces that begin with a prompt."""
+        found: list[tuple[list[int], list[int]]] = []
+        trained = self.laid.trained
+        assert trained is not None
+        for start, length in zip(self.laid.pieces.start, self.laid.pieces.length, strict=True):
+            labels = trained[start : start + length]
+            first = int(labels.argmax())
+            if first < 1 or start not in self.doc_start:
+                continue
+            rest = np.flatnonzero(~labels[first:])
+            end = first + int(rest[0]) if len(rest) else int(length)
+            ids = self.laid.ids[start : start + length].tolist()
+            found.append((ids[:first], ids[first:end]))
+            if len(found) == count:
+                break
+        return found
+
+
+def talk_rows(
+    data: SftData, tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int, talk: Talk
+) -> tuple[TalkRows, TalkRows | None]:
+    """Training rows, and evaluation rows from `data.eval` or held out of the training records.
+
+    Says what was read, kept, dropped and cut.
+
+    Raises UserError: as `examples` and `Encoder.rows`; no row is left; more than a tenth would be
+    dropped for their length without `data.overlong` saying so.
+    """
+    made = read_rows(data.train, data, tokenizer, max_length, talk)
+    if data.eval:
+        return made, read_rows(data.eval, data, tokenizer, max_length, talk)
+    kept, held = split_holdout(made.laid.pieces, data.eval_fraction, seed)
+    kept = replace(kept, counts=made.laid.pieces.counts)
+    lay = _layer(made, data.packing)
+    return lay(kept), lay(held) if len(held) else None
+
+
+def read_rows(
+    sources: list[str], data: SftData, tokenizer: PreTrainedTokenizerFast, max_length: int, talk: Talk
+) -> TalkRows:
+    """All records of some sources as rows; see `talk_rows`."""
+    account = Account(noun="record")
+    encoder = Encoder(tokenizer, data.mask_prompt)
+    rows = list(encoder.rows(_counted(examples(sources, data.text_field, account), talk)))
+    # texts first: they are cut by another rule than conversations, and the order of rows is shuffled anyway
+    rows.sort(key=lambda row: not row.is_text)
+    ids, trained, doc_start = flat(rows)
+    places = [row.place for row in rows]
+    texts = sum(row.is_text for row in rows)
+    pieces = _cut(doc_start, texts, data.overlong, max_length, places, account)
+    pieces = _without_untrained(pieces, trained, max_length, places, account)
+    said = ", ".join(f"{count:,} {name}" for name, count in sorted(encoder.formats.items()))
+    for line in [f"formats: {said}", *account.lines(), *pieces.lines(max_length)]:
+        talk.say(line)
+    digest = hashlib.sha256(ids.tobytes())
+    digest.update(trained.tobytes())
+    digest.update(doc_start.tobytes())
+    laid = Laid(ids, pieces, _rows(pieces, max_length, data.packing), trained)
+    return TalkRows(
+        laid, doc_start, places, account, dict(encoder.formats), digest.hexdigest()[:32], max_length
+    )
+
+
+def flat(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids uint32 [N], trained bool [N] and doc_start int64 [D+1] of rows laid end to end."""
+    doc_start = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum([len(row.ids) for row in rows], out=doc_start[1:])
+    ids = np.fromiter(chain.from_iterable(row.ids for row in rows), dtype=np.uint32, count=int(doc_start[-1]))
+    trained = np.zeros(len(ids), dtype=bool)
+    for row, at in zip(rows, doc_start.tolist(), strict=False):
+        for start, end in row.spans:
+            trained[at + start : at + end] = True
+    return ids, trained, doc_start
+
+
+def refuse_many_dropped(dropped: list[str], of: int, max_length: int) -> None:
+    """Raise UserError if the default policy would leave out more than a tenth of the records."""
+    if len(dropped) > SHARE * of:
+        places = ", ".join(dropped[:3]) + (", …" if len(dropped) > 3 else "")
+        raise UserError(
+            f"{len(dropped):,} of {of:,} records are longer than {max_length:,} tokens ({places}): "
+            "too many to drop unasked",
+            "raise data.max_length, or set data.overlong to drop or truncate",
+        )
+
+
+def _counted(found: Iterable[Any], talk: Talk) -> Iterable[Any]:
+    with talk.bar("tokenizing", None, "records") as bar:
+        for one in found:
+            yield one
+            bar.advance(1)
+
+
+def _cut(
+    doc_start: np.ndarray,
+    texts: int,
+    overlong: str | None,
+    max_length: int,
+    places: list[str],
+    account: Account,
+) -> Pieces:
+    """Texts are split unless told otherwise; a conversation in two is not the same, so those are dropped."""
+    lengths = np.diff(doc_start)
+    long = np.flatnonzero(lengths > max_length)
+    talks = [places[doc] for doc in long.tolist() if doc >= texts]
+    if overlong is None:
+        refuse_many_dropped(talks, len(lengths) - texts, max_length)
+    parts = []
+    for first, last, usual in ((0, texts, "split"), (texts, len(lengths), "drop")):
+        if last > first:
+            policy = overlong or usual
+            # the whole set may be over-long only where nothing at all is left
+            part = cut(doc_start[first : last + 1], max_length, policy, lambda doc, n=first: places[n + doc])
+            parts.append(replace(part, doc=part.doc + first))
+            if policy == "drop":
+                for doc in long.tolist():
+                    if first <= doc < last:
+                        account.reject(OVERLONG.format(max_length), places[doc])
+    return _joined(parts)
+
+
+def _joined(parts: list[Pieces]) -> Pieces:
+    counts: dict[str, int] = {}
+    for part in parts:
+        for name, count in part.counts.items():
+            counts[name] = counts.get(name, 0) + count
+    counts["dropped"] = 0  # the account tells of them, with their places
+    return Pieces(
+        np.concatenate([part.start for part in parts]),
+        np.concatenate([part.length for part in parts]),
+        np.concatenate([part.doc for part in parts]),
+        counts,
+        list(chain.from_iterable(part.examples for part in parts)),
+    )
+
+
+def _without_untrained(
+    pieces: Pieces, trained: np.ndarray, max_length: int, places: list[str], account: Account
+) -> Pieces:
+    """Leave out pieces without a label; a record that has no other piece is dropped and counted."""
+    useful = labels_of(pieces, trained) > 0
+    kept = pieces.take(useful)
+    for doc in np.setdiff1d(pieces.doc, kept.doc).tolist():
+        account.reject(UNTRAINED.format(max_length), places[doc])
+    if not len(kept):
+        raise UserError(
+            f"no record is left to train on ({'; '.join(account.lines())})",
+            "raise data.max_length, or give other data",
+        )
+    return replace(kept, counts=pieces.counts, examples=pieces.examples)
+
+
+def _rows(pieces: Pieces, max_length: int, packing: bool) -> Any:
+    return pack(pieces.length, max_length) if packing else unpacked(len(pieces))
+
+
+def _layer(made: TalkRows, packing: bool) -> Callable[[Pieces], TalkRows]:
+    def lay(pieces: Pieces) -> TalkRows:
+        rows = _rows(pieces, made.max_length, packing)
+        return replace(made, laid=Laid(made.laid.ids, pieces, rows, made.laid.trained))
+
+    return lay
+
+
+def require_data(data: Sequence[str], what: str) -> None:
+    """Raise UserError if no data is named."""
+    if not data:
+        raise UserError(
+            f"no data to {what}", f"name files with --data; formats: {one_of(['alpaca', 'messages'])} …"
+        )

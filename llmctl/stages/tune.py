@@ -1,0 +1,203 @@
+"""What the stages that adapt a model share: its base, its template, and what of it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from llmctl.errors import UserError
+from llmctl.kernels.device import Compute, pick_compute
+from llmctl.model import LlmctlForCausalLM, recompute_activations
+from llmctl.model.adapters import add_lora, load_adapter_weights, narrow_frozen, save_adapter
+from llmctl.model.checkpoint import load_weights, save_model
+from llmctl.model.config import LlmctlConfig
+from llmctl.model.nf4 import quantize_nf4
+from llmctl.model.open import open_config, open_folded
+from llmctl.model.vocabulary import grow_vocabulary
+from llmctl.recipe.tune import LoraSection, Method
+from llmctl.runs import run_of
+from llmctl.stages.text import (
+    highest_id,
+    pad_id_of,
+    parent,
+    refuse_mismatch,
+    refuse_swapped_tokenizer,
+    row_length,
+)
+from llmctl.talk import Talk
+from llmctl.tokenizer.choose import choose_template, template_tokens
+from llmctl.tokenizer.load import fingerprint, load_tokenizer
+from llmctl.tokenizer.template import stop_ids, template_hash
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model a run starts from, checked to fit its tokenizer and template.
+
+    Args:
+        rows: entries of the vocabulary when trained; more than the base has if the template needs them.
+        unseen: special tokens the template writes and the base was never trained on.
+    """
+
+    where: str
+    config: LlmctlConfig
+    tokenizer: PreTrainedTokenizerFast
+    compute: Compute
+    max_length: int
+    rows: int
+    unseen: tuple[int, ...]
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """What ends a generation: of the template, and of the base."""
+        listed = self.config.eos_token_id
+        theirs = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
+        return list(dict.fromkeys([*stop_ids(self.tokenizer), *theirs]))
+
+    def manifest(self) -> dict[str, Any]:
+        """What a manifest records of the base and of how text becomes ids."""
+        return {
+            "device": str(self.compute),
+            "parents": [parent("model", self.where)],
+            "tokenizer": fingerprint(self.tokenizer),
+            "template": template_hash(self.tokenizer),
+            "stop_ids": self.stop_ids,
+            "vocab_size": self.rows,
+            "trained_tokens": list(self.unseen),
+        }
+
+
+def prepare_base(
+    where: str | None,
+    *,
+    device: str,
+    dtype: str,
+    template: str,
+    max_length: int | None,
+    talk: Talk,
+) -> Base:
+    """Open config and tokenizer, choose the template, and check that all fit.
+
+    Says which template is used if the model has none, and which tokens it never saw.
+
+    Raises UserError: no base, or what `load_tokenizer`, `open_config` and `choose_template` raise.
+    """
+    if where is None:
+        raise UserError("no MODEL to start from", "name a run folder, a Hugging Face folder or a hub id")
+    if dtype == "float16":
+        raise UserError(
+            "train.dtype: float16 needs loss scaling, which this loop does not do",
+            "use bfloat16, float32 or auto",
+        )
+    compute = pick_compute(device, dtype)
+    config = open_config(where)  # first, because a broken config.json would look like a broken tokenizer
+    tokenizer = load_tokenizer(where)
+    refuse_swapped_tokenizer(tokenizer, where)
+    refuse_mismatch(tokenizer, config.vocab_size, where)
+    choice = choose_template(tokenizer, template)
+    if choice.said:
+        talk.say(choice.said)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        talk.say(
+            "padding and end token are the same; labels are masked by place, so ends are trained all the same"
+        )
+    unseen = _unseen(where, tokenizer, choice.added)
+    if unseen:
+        names = ", ".join(tokenizer.convert_ids_to_tokens(list(unseen)))
+        talk.say(f"the base has never seen {names}: their embeddings are trained too")
+    rows = max(config.vocab_size, highest_id(tokenizer) + 1)
+    length = row_length(max_length, config.max_position_embeddings, "data.max_length")
+    return Base(where, config, tokenizer, compute, length, rows, unseen)
+
+
+def _unseen(where: str, tokenizer: PreTrainedTokenizerFast, added: tuple[int, ...]) -> tuple[int, ...]:
+    """Template tokens the base was not trained on: added ones, and all but BOS and the end in a model of ours
+    that has only been pretrained, since text holds no others. Of other models nothing is known."""
+    made = run_of(Path(where))
+    if made is None or made.get("stage") != "pretrain":
+        return added
+    if any(parent["role"] == "model" for parent in made.get("parents", [])):
+        return added
+    seen = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    return tuple(token for token in template_tokens(tokenizer) if token not in seen)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A model ready to be trained.
+
+    Args:
+        model: what is called and trained: PEFT's wrapper, or the model itself.
+        inner: the model, for reading and generating; it computes with the adapter.
+        save: writes what was trained, with tokenizer and generation config, into a folder.
+        load: reads the trained weights back, in place.
+    """
+
+    model: torch.nn.Module
+    inner: LlmctlForCausalLM
+    save: Callable[[Path], None]
+    load: Callable[[Path], None]
+
+
+def tuned(base: Base, method: Method, lora: LoraSection, seed: int, checkpointing: bool) -> Tuned:
+    """The base with what is to be trained of it.
+
+    Adapters start from `seed`; the frozen rest is kept in the precision it is multiplied in.
+
+    Raises UserError: as `open_folded` and `target_names`.
+    """
+    torch.manual_seed(seed)
+    inner = open_folded(base.where, torch.float32)
+    grow_vocabulary(inner, base.rows)
+    inner.generation_config = GenerationConfig(
+        bos_token_id=base.tokenizer.bos_token_id,
+        eos_token_id=base.stop_ids,
+        pad_token_id=pad_id_of(base.tokenizer),
+    )
+    if checkpointing:
+        recompute_activations(inner)
+    if method == "full":
+        inner.requires_grad_(True)
+        inner.config.eos_token_id = base.stop_ids
+        inner.to(base.compute.device)
+        return Tuned(inner, inner, partial(_save_whole, inner, base.tokenizer), partial(load_weights, inner))
+    if method == "qlora":
+        quantize_nf4(inner, base.compute.dtype)
+    model = add_lora(
+        inner,
+        r=lora.r,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        tokens=base.unseen,
+        base=_written_down(base.where),
+    )
+    if method == "lora":
+        narrow_frozen(inner, base.compute.dtype)
+    model.to(base.compute.device)
+    return Tuned(
+        model, inner, partial(_save_adapter, model, base.tokenizer), partial(load_adapter_weights, model)
+    )
+
+
+def _written_down(where: str) -> str:
+    """The base as PEFT's config names it: a folder by its whole path, so that it is found from anywhere."""
+    path = Path(where).expanduser()
+    return str(path.resolve()) if path.is_dir() else where
+
+
+def _save_whole(model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    save_model(model, folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _save_adapter(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    save_adapter(model, folder)
+    model.get_base_model().generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
