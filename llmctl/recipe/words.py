@@ -86,7 +86,7 @@ WORDS: dict[str, str] = {
     # the tokenizer recipe
     "kind": "tokenizer algorithm",
     "vocab_size": "entries in the vocabulary, special tokens included",
-    "min_frequency": "merges seen less often are not learned",
+    "min_frequency": "merges, or words, seen less often are not learned",
     "chat_template": "chat template stored with the tokenizer",
     # adapting a model
     "method": "what is trained: adapters (lora), adapters on a four-bit base (qlora), or all weights (full)",
@@ -97,6 +97,11 @@ WORDS: dict[str, str] = {
     "lora.target_modules": "layers that get an adapter, by the last word of their name; all-linear is all in the blocks",
     "other": "the model to compare with: a run folder, a Hugging Face folder or a hub id",
     "merge.dtype": "precision of the merged weights; auto is the base's own",
+    "score": "what a reward model ranks",
+    "score.data": "preferences or conversations to score",
+    "score.max_length": "tokens in a row, cut to that; max_position_embeddings when unset",
+    "score.batch_size": "rows in one forward pass",
+    "score.dtype": "precision of weights and compute",
     "compare": "how two models are compared, and how far apart they may be",
     "compare.data": "conversations or text to compare on",
     "compare.max_rows": "rows compared at most, the first ones",
