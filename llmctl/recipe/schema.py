@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 from llmctl.recipe.base import Section, StageRecipe, about
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.train import Device, Dtype, Overlong, StepsSection
-from llmctl.recipe.tune import CompareRecipe, MergeRecipe, SftRecipe
+from llmctl.recipe.tune import CompareRecipe, DpoRecipe, MergeRecipe, RewardRecipe, ScoreRecipe, SftRecipe
 
-TokenizerKind = Literal["byte-bpe"]
+TokenizerKind = Literal["byte-bpe", "bpe", "wordpiece", "unigram", "sentencepiece", "word", "char"]
 CACHE_DIR = "~/.cache/llmctl"
 
 
@@ -123,6 +123,9 @@ RECIPES: dict[str, type[StageRecipe]] = {
     "tokenizer": TokenizerRecipe,
     "pretrain": PretrainRecipe,
     "sft": SftRecipe,
+    "reward": RewardRecipe,
+    "dpo": DpoRecipe,
+    "score": ScoreRecipe,
     "merge": MergeRecipe,
     "compare": CompareRecipe,
     "generate": GenerateRecipe,
@@ -130,6 +133,15 @@ RECIPES: dict[str, type[StageRecipe]] = {
 }
 
 AnyRecipe = Annotated[
-    TokenizerRecipe | PretrainRecipe | SftRecipe | MergeRecipe | CompareRecipe | GenerateRecipe | EvalRecipe,
+    TokenizerRecipe
+    | PretrainRecipe
+    | SftRecipe
+    | RewardRecipe
+    | DpoRecipe
+    | ScoreRecipe
+    | MergeRecipe
+    | CompareRecipe
+    | GenerateRecipe
+    | EvalRecipe,
     Field(discriminator="stage"),
 ]

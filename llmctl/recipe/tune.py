@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
 from llmctl.recipe.base import Section, StageRecipe, about
+from llmctl.recipe.preference import DPO_RATES, REWARD_RATES, DpoSection, PreferenceTrain, RewardSection
 from llmctl.recipe.train import Device, Dtype, Overlong, StepsSection
 
 Method = Literal["lora", "qlora", "full"]
@@ -35,6 +36,12 @@ class ConversationData(Section):
     template: str = about("data.template", "auto", min_length=1)
     max_length: int | None = about("data.max_length", None, gt=1)
     overlong: Overlong | None = about("data.overlong", None)
+
+
+class PairData(ConversationData):
+    """`data.*` of a stage that learns from preferences."""
+
+    eval_fraction: float = about("data.eval_fraction", 0.1, ge=0, lt=1)
 
 
 class SftData(ConversationData):
@@ -74,6 +81,62 @@ class SftRecipe(StageRecipe):
         """A copy with the learning rate filled in."""
         rate = self.train.learning_rate or SFT_RATES[self.method]
         return self.model_copy(update={"train": self.train.model_copy(update={"learning_rate": rate})})
+
+
+class PreferenceRecipe(StageRecipe):
+    """What the stages that learn from preferences share."""
+
+    out: str | None = about("out", None)
+    device: Device = about("device", "auto")
+    base: str | None = about("base", None)
+    method: Method = about("method", "lora")
+    lora: LoraSection = about("lora", LoraSection())
+    data: PairData = about("data", PairData())
+    train: PreferenceTrain = about("train", PreferenceTrain())
+
+    def _with_rate(self, rates: dict[str, float]) -> Self:
+        rate = self.train.learning_rate or rates[self.method]
+        return self.model_copy(update={"train": self.train.model_copy(update={"learning_rate": rate})})
+
+
+class RewardRecipe(PreferenceRecipe):
+    """`llmctl reward MODEL`."""
+
+    stage: Literal["reward"] = about("stage", "reward")
+    reward: RewardSection = about("reward", RewardSection())
+
+    def resolved(self) -> RewardRecipe:
+        """A copy with the learning rate filled in."""
+        return self._with_rate(REWARD_RATES)
+
+
+class DpoRecipe(PreferenceRecipe):
+    """`llmctl dpo MODEL`."""
+
+    stage: Literal["dpo"] = about("stage", "dpo")
+    dpo: DpoSection = about("dpo", DpoSection())
+
+    def resolved(self) -> DpoRecipe:
+        """A copy with the learning rate filled in."""
+        return self._with_rate(DPO_RATES)
+
+
+class ScoreSection(Section):
+    """`score.*`: what a reward model ranks."""
+
+    data: list[str] = about("score.data", [])
+    max_length: int | None = about("score.max_length", None, gt=1)
+    batch_size: int = about("score.batch_size", 8, ge=1)
+    dtype: Dtype = about("score.dtype", "float32")
+
+
+class ScoreRecipe(StageRecipe):
+    """`llmctl score MODEL`."""
+
+    stage: Literal["score"] = about("stage", "score")
+    device: Device = about("device", "auto")
+    base: str | None = about("base", None)
+    score: ScoreSection = about("score", ScoreSection())
 
 
 class CompareSection(Section):

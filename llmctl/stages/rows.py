@@ -100,7 +100,7 @@ def read_rows(
     """All records of some sources as rows; see `talk_rows`."""
     account = Account(noun="record")
     encoder = Encoder(tokenizer, data.mask_prompt)
-    rows = list(encoder.rows(_counted(examples(sources, data.text_field, account), talk)))
+    rows = list(encoder.rows(counted(examples(sources, data.text_field, account), talk)))
     # texts first: they are cut by another rule than conversations, and the order of rows is shuffled anyway
     rows.sort(key=lambda row: not row.is_text)
     ids, trained, doc_start = flat(rows)
@@ -143,7 +143,8 @@ def refuse_many_dropped(dropped: list[str], of: int, max_length: int) -> None:
         )
 
 
-def _counted(found: Iterable[Any], talk: Talk) -> Iterable[Any]:
+def counted(found: Iterable[Any], talk: Talk) -> Iterable[Any]:
+    """What `found` yields, with a bar of how many went by."""
     with talk.bar("tokenizing", None, "records") as bar:
         for one in found:
             yield one

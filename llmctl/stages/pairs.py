@@ -1,0 +1,205 @@
+"""Preferences as pairs of finished rows, with an account of every record read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from llmctl.data.batches import split_holdout
+from llmctl.data.document import Account
+from llmctl.data.formats import Example, examples
+from llmctl.data.packing import Pieces
+from llmctl.data.shapes import Preference
+from llmctl.data.turns import Message
+from llmctl.errors import UserError
+from llmctl.recipe.tune import PairData
+from llmctl.stages.encode import BATCH, Encoder, place_of, sound, telling
+from llmctl.stages.rows import OVERLONG, counted, refuse_many_dropped
+from llmctl.talk import Talk
+from llmctl.tokenizer.render import Encoded
+
+NO_ROOM = "the prompt alone is longer than {:,} tokens"
+SAME = "chosen and rejected are the same within {:,} tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two ways to go on after a prompt, as ids; both answers hold their end token unless they were cut.
+
+    Args:
+        cut: tokens taken off both answers together.
+    """
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    place: str
+    cut: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer of both rows."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+@dataclass(frozen=True)
+class PairRows:
+    """Pairs of one data set; `fingerprint` hashes all their ids."""
+
+    pairs: list[Pair]
+    account: Account
+    formats: dict[str, int]
+    max_length: int
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for pair in self.pairs:
+            for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
+                digest.update(np.array([len(ids), *ids], dtype=np.int64).tobytes())
+        return digest.hexdigest()[:32]
+
+    def manifest(self, sources: list[str]) -> dict[str, Any]:
+        """What a manifest records of the data."""
+        return {
+            "sources": sources,
+            "fingerprint": self.fingerprint,
+            "formats": self.formats,
+            "rows": len(self.pairs),
+            "truncated": sum(pair.cut > 0 for pair in self.pairs),
+            "account": self.account.to_json(),
+        }
+
+    def shorter_wins(self) -> float:
+        """How often the chosen answer is the shorter one, ties counting half: what a rule about length alone gets."""
+        pairs = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in self.pairs]
+        return sum(0.5 if a == b else float(a < b) for a, b in pairs) / max(1, len(pairs))
+
+
+def pair_rows(
+    data: PairData, tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int, talk: Talk
+) -> tuple[PairRows, PairRows | None]:
+    """Pairs to train on, and pairs to evaluate on: from `data.eval`, or held out of the training ones.
+
+    Pairs of one prompt stay together, so that no prompt is trained on and evaluated on.
+
+    Raises UserError: as `read_pairs`.
+    """
+    made = read_pairs(data.train, data, tokenizer, max_length, talk)
+    if data.eval:
+        return made, read_pairs(data.eval, data, tokenizer, max_length, talk)
+    known: dict[tuple[int, ...], int] = {}
+    prompt = np.array([known.setdefault(tuple(pair.prompt_ids), len(known)) for pair in made.pairs])
+    numbers = np.arange(len(made.pairs))
+    kept, held = split_holdout(Pieces(numbers, np.full_like(numbers, 2), prompt), data.eval_fraction, seed)
+    chosen = [replace(made, pairs=[made.pairs[i] for i in part.start]) for part in (kept, held)]
+    return chosen[0], chosen[1] if len(held) else None
+
+
+def read_pairs(
+    sources: list[str], data: PairData, tokenizer: PreTrainedTokenizerFast, max_length: int, talk: Talk
+) -> PairRows:
+    """All records of some sources as pairs. Says what was read, kept, dropped and cut.
+
+    Raises UserError: as `examples`; a record without preferences; what `Encoder.check` finds; no pair is
+    left; more than a tenth would be dropped for their length without `data.overlong` saying so.
+    """
+    if data.overlong == "split":
+        raise UserError("data.overlong: `split` makes no sense for a pair of answers", "use drop or truncate")
+    account = Account(noun="record")
+    encoder = Encoder(tokenizer)
+    found = list(encoded_pairs(encoder, counted(examples(sources, "text", account), talk)))
+    long = [pair.place for pair in found if pair.longest > max_length]
+    if data.overlong is None:
+        refuse_many_dropped(long, len(found), max_length)
+    if data.overlong == "error" and long:
+        raise UserError(
+            f"{len(long):,} of {len(found):,} records are longer than {max_length:,} tokens, as {long[0]}",
+            "set data.overlong to drop or truncate, or raise data.max_length",
+        )
+    pairs = [
+        kept for pair in found if (kept := _fitted(pair, data.overlong, max_length, account)) is not None
+    ]
+    said = ", ".join(f"{count:,} {name}" for name, count in sorted(encoder.formats.items()))
+    lines = [f"formats: {said}", *account.lines()]
+    if cut := [pair for pair in pairs if pair.cut]:
+        lost = sum(pair.cut for pair in cut)
+        lines.append(
+            f"truncated {len(cut):,} record(s) longer than {max_length:,} tokens, {lost:,} tokens lost"
+        )
+    for line in lines:
+        talk.say(line)
+    if not pairs:
+        raise UserError(
+            f"no pair is left to train on ({'; '.join(account.lines())})",
+            "raise data.max_length, or give other data",
+        )
+    return PairRows(pairs, account, dict(encoder.formats), max_length)
+
+
+def encoded_pairs(encoder: Encoder, found: Iterable[Example]) -> Iterator[Pair]:
+    """Preferences as pairs, whatever their length, in order. Raises UserError with the place."""
+    found = iter(found)
+    while batch := list(islice(found, BATCH)):
+        rendered = []
+        for example in batch:
+            shape, place = _preference(example), place_of(example)
+            encoder.formats[example.format] += 1
+            for answer in (shape.chosen, shape.rejected):
+                with telling(place):
+                    rendered.append(encoder.renderer.render([*shape.prompt, *answer], shape.tools))
+        ids = encoder.renderer.encode(rendered)
+        for number, example in enumerate(batch):
+            shape, place = _preference(example), place_of(example)
+            sides = []
+            for side, answer in enumerate((shape.chosen, shape.rejected)):
+                one = sound(ids[2 * number + side], place)
+                encoder.check(one, [*shape.prompt, *answer], shape.tools, place)
+                sides.append(_cut_at_answer(one, shape.prompt))
+            (prompt, chosen), (other, rejected) = sides
+            if prompt != other:
+                raise UserError(
+                    f"{place}: the chat template renders the prompt in two ways, by the answer that follows",
+                    "choose another template with --template, as --template chatml",
+                )
+            yield Pair(prompt, chosen, rejected, place)
+
+
+def _preference(example: Example) -> Preference:
+    if not isinstance(example.shape, Preference):
+        raise UserError(
+            f"{place_of(example)}: no pair of answers: the record is `{example.format}`",
+            "a pair has `chosen` and `rejected`; see the formats in docs/data.md",
+        )
+    return example.shape
+
+
+def _cut_at_answer(one: Encoded, prompt: Sequence[Message]) -> tuple[list[int], list[int]]:
+    """Prompt and answer: the answer begins at the first assistant turn after the prompt and ends with its end."""
+    before = sum(message["role"] == "assistant" for message in prompt)
+    start, end = one.spans[before][0], one.spans[-1][1]
+    return one.ids[:start], one.ids[start:end]
+
+
+def _fitted(pair: Pair, overlong: str | None, max_length: int, account: Account) -> Pair | None:
+    if pair.longest <= max_length:
+        return pair
+    if overlong != "truncate":
+        account.reject(OVERLONG.format(max_length), pair.place)
+        return None
+    room = max_length - len(pair.prompt_ids)
+    if room < 1:
+        account.reject(NO_ROOM.format(max_length), pair.place)
+        return None
+    chosen, rejected = pair.chosen_ids[:room], pair.rejected_ids[:room]
+    if chosen == rejected:
+        account.reject(SAME.format(max_length), pair.place)
+        return None
+    lost = len(pair.chosen_ids) - len(chosen) + len(pair.rejected_ids) - len(rejected)
+    return replace(pair, chosen_ids=chosen, rejected_ids=rejected, cut=lost)
