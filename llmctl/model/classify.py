@@ -64,7 +64,10 @@ class LlmctlForSequenceClassification(LlmctlPreTrainedModel):
         )
         hidden = out.last_hidden_state
         last = _last(hidden, input_ids, attention_mask, self.config.pad_token_id)
-        logits = self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
+        pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        # one product a row: in bfloat16 it would cost nothing less, and blur the scores that are compared
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self.score(pooled.to(next(self.score.parameters()).dtype))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=None, labels=labels, pooled_logits=logits, config=self.config)

@@ -87,15 +87,23 @@ def load_training_state(path: Path, optimizer: Optimizer) -> Progress:
     Raises UserError if the files are damaged or do not fit this model.
     """
     device = next(iter(optimizer.param_groups[0]["params"])).device
-    moments, random = _read(path / "optimizer.pt", device), _read(path / "rng.pt", "cpu")
+    moments = _read(path / "optimizer.pt", device)
     try:
         optimizer.load_state_dict(moments)
-        _set_rng_state(random)
+        load_rng(path)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         said = str(error).splitlines()[0]
         raise UserError(f"{path}: the checkpoint does not fit this run ({said})", GO_BACK) from None
     state = json.loads((path / STATE).read_text())
     return Progress(state["step"], state["tokens"], state["seconds"])
+
+
+def load_rng(path: Path | str) -> None:
+    """Restore the random state of a checkpoint. Raises UserError if the file is damaged."""
+    state = _read(Path(path) / "rng.pt", "cpu")
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _read(file: Path, device: torch.device | str) -> dict[str, Any]:
@@ -119,9 +127,3 @@ def _rng_state() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
-
-
-def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
