@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from llmctl import __version__
-from llmctl.cli import doctor, recipe, runs, stages, tokenizer
+from llmctl.cli import doctor, recipe, runs, stages, tokenizer, tune
 from llmctl.cli.boundary import guard
 
 Command = Callable[..., None]
@@ -41,6 +41,12 @@ COMMANDS: dict[str, Command | None] = {
     "quickstart": stages.quickstart,
     "tokenizer": None,
     "pretrain": stages.pretrain,
+    "sft": tune.sft,
+    "reward": tune.reward,
+    "dpo": tune.dpo,
+    "score": tune.score,
+    "merge": tune.merge,
+    "compare": tune.compare,
     "generate": stages.generate,
     "eval": stages.evaluate,
     "runs": None,

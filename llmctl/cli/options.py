@@ -15,6 +15,18 @@ import typer
 from llmctl.errors import UsageError
 from llmctl.recipe.words import WORDS
 
+# of the stages that adapt a model
+TUNE = {
+    "data": "data.train",
+    "eval_data": "data.eval",
+    "template": "data.template",
+    "out": "out",
+    "device": "device",
+    "dtype": "train.dtype",
+    "seed": "train.seed",
+    "max_steps": "train.max_steps",
+}
+
 # stage -> parameter of the command -> recipe field
 FLAGS: dict[str, dict[str, str]] = {
     "quickstart": {"out": "out", "seed": "train.seed", "device": "device"},
@@ -28,6 +40,17 @@ FLAGS: dict[str, dict[str, str]] = {
         "dtype": "train.dtype",
         "seed": "train.seed",
         "max_steps": "train.max_steps",
+    },
+    "sft": TUNE,
+    "reward": TUNE,
+    "dpo": TUNE | {"beta": "dpo.beta"},
+    "score": {"data": "score.data", "device": "device"},
+    "merge": {"data": "compare.data", "out": "out", "dtype": "dtype", "device": "device"},
+    "compare": {
+        "data": "compare.data",
+        "min_top1": "compare.min_top1",
+        "max_kl": "compare.max_kl",
+        "device": "device",
     },
     "generate": {
         "max_new_tokens": "generate.max_new_tokens",

@@ -177,5 +177,5 @@ class MergeRecipe(StageRecipe):
     out: str | None = about("out", None)
     device: Device = about("device", "auto")
     base: str | None = about("base", None)
-    dtype: Dtype = about("merge.dtype", "auto")
+    dtype: Dtype = about("dtype", "auto")
     compare: MergeSection = about("compare", MergeSection())

@@ -96,7 +96,7 @@ WORDS: dict[str, str] = {
     "lora.dropout": "share of an adapter's inputs dropped in training",
     "lora.target_modules": "layers that get an adapter, by the last word of their name; all-linear is all in the blocks",
     "other": "the model to compare with: a run folder, a Hugging Face folder or a hub id",
-    "merge.dtype": "precision of the merged weights; auto is the base's own",
+    "dtype": "precision of the merged weights; auto is the base's own",
     "score": "what a reward model ranks",
     "score.data": "preferences or conversations to score",
     "score.max_length": "tokens in a row, cut to that; max_position_embeddings when unset",

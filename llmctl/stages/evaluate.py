@@ -8,7 +8,7 @@ from llmctl.data.packing import cut, pack
 from llmctl.data.shards import open_shards
 from llmctl.errors import UserError
 from llmctl.kernels.device import pick_compute
-from llmctl.model.checkpoint import load_config, load_model
+from llmctl.model.open import open_config, open_model
 from llmctl.recipe.schema import EvalRecipe
 from llmctl.stages.text import (
     TextRows,
@@ -36,9 +36,9 @@ def run(recipe: EvalRecipe, talk: Talk) -> dict[str, Any]:
         raise UserError("no data to score", "name files with --data FILE")
     assert recipe.base is not None
     compute = pick_compute(recipe.device, settings.dtype, "eval.dtype")
-    load_config(recipe.base)  # a broken config.json would look like a broken tokenizer
+    open_config(recipe.base)  # a broken config.json would look like a broken tokenizer
     tokenizer = load_tokenizer(recipe.base)
-    model = load_model(recipe.base, compute.dtype, compute.device)
+    model = open_model(recipe.base, compute.dtype, compute.device)
     refuse_mismatch(tokenizer, model.config.vocab_size, recipe.base)
     refuse_swapped_tokenizer(tokenizer, recipe.base)
     length = row_length(settings.max_length, model.config.max_position_embeddings, "eval.max_length")

@@ -14,11 +14,12 @@ from llmctl.engine.sampling import sampler
 from llmctl.errors import UserError
 from llmctl.kernels.device import DTYPES, pick_device
 from llmctl.model import LlmctlForCausalLM
-from llmctl.model.checkpoint import load_config, load_model
+from llmctl.model.open import open_config, open_model
 from llmctl.recipe.schema import GenerateRecipe, GenerateSection
 from llmctl.stages.text import refuse_mismatch, refuse_swapped_tokenizer
 from llmctl.talk import Talk
 from llmctl.tokenizer.load import load_tokenizer
+from llmctl.tokenizer.render import Renderer, RenderError
 from llmctl.tokenizer.stream import TextStream
 from llmctl.tokenizer.template import stop_ids
 
@@ -36,7 +37,7 @@ def run(
     """
     assert recipe.base is not None
     settings = recipe.generate
-    load_config(recipe.base)  # a broken config.json would look like a broken tokenizer
+    open_config(recipe.base)  # a broken config.json would look like a broken tokenizer
     tokenizer = load_tokenizer(recipe.base)
     model = load_for_generation(recipe.base, recipe.device, settings.dtype)
     refuse_mismatch(tokenizer, model.config.vocab_size, recipe.base)
@@ -52,7 +53,7 @@ def load_for_generation(where: str, device: str, dtype: str) -> LlmctlForCausalL
         raise UserError(
             "generate.dtype: float16 is far slower than float32 on a CPU", "use bfloat16, float32 or auto"
         )
-    model = load_model(where, DTYPES.get(dtype), place)
+    model = open_model(where, DTYPES.get(dtype), place)
     return model.float() if place.type == "cpu" and model.dtype == torch.float16 else model
 
 
@@ -61,9 +62,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: bool, wher
     if chat:
         if tokenizer.chat_template is None:
             raise UserError(f"{where}: the tokenizer has no chat template", "leave out --chat")
-        turn = [{"role": "user", "content": prompt}]
-        rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        try:
+            return Renderer(tokenizer).prompt_ids([{"role": "user", "content": prompt}])
+        except RenderError as error:
+            raise UserError(f"{where}: {error}", error.hint) from None
     ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if tokenizer.bos_token_id is not None:
         ids.insert(0, tokenizer.bos_token_id)
