@@ -88,6 +88,7 @@ def test_a_run_folder_with_tokenizer_manifest_and_recipe(tmp_path, source, texts
     assert result.metrics["vocab_size"] == 400
     assert result.metrics["bytes"] == size
     assert 1.5 < result.metrics["bytes_per_token"] < 5
+    assert (result.metrics["unknown_rate"], result.metrics["round_trip"]) == (0.0, 1.0)
 
     ((label, total, unit, bar),) = heard.bars
     assert (label, unit) == ("reading", "MB")
@@ -115,6 +116,17 @@ def test_builtin_data_and_no_template(tmp_path):
     assert read_manifest(out)["stop_ids"] == [2]
 
 
+def test_a_kind_that_loses_something_says_how_much(tmp_path, source):
+    metrics = stage.run(recipe(tmp_path / "words", source, kind="word", vocab_size=100), SILENT).metrics
+    assert 0.01 < metrics["unknown_rate"] < 0.9
+    assert metrics["round_trip"] < 0.1
+    heard = Heard()
+    metrics = stage.run(recipe(tmp_path / "chars", source, kind="char"), heard).metrics
+    assert (metrics["unknown_rate"], metrics["round_trip"]) == (0.0, 1.0)
+    assert metrics["vocab_size"] == len(load_tokenizer(str(tmp_path / "chars"))) < 100
+    assert [line for line in heard.said if "the data fills only" in line]
+
+
 def test_the_default_folder_is_the_next_free_one(tmp_path, source, monkeypatch):
     monkeypatch.chdir(tmp_path)
     unnamed = recipe("unused", source).model_copy(update={"out": None})
@@ -126,6 +138,11 @@ def test_the_default_folder_is_the_next_free_one(tmp_path, source, monkeypatch):
     ("values", "message"),
     [
         ({"vocab_size": 100}, "vocab_size: 100 is too small for `byte-bpe`, which needs at least 261"),
+        (
+            {"kind": "char", "min_frequency": 5},
+            "min_frequency: 5 means nothing to `char`, which learns no merges",
+        ),
+        ({"kind": "unigram", "vocab_size": 20}, "vocab_size: 20 is too small for `unigram` on this text"),
         ({"data": {"train": []}}, "no data to learn from"),
         ({"data": {"train": ["/no/such/file.txt"]}}, "/no/such/file.txt: "),
     ],
