@@ -84,7 +84,7 @@ class Encoder:
             self.formats[example.format] += 1
             if row is None:
                 raise UserError(
-                    f"{place_of(example)}: a record of preferences (`{example.format}`), not of one answer",
+                    f"{example.place}: a record of preferences (`{example.format}`), not of one answer",
                     "use it with `llmctl reward` or `llmctl dpo`",
                 )
             yield row
@@ -94,7 +94,7 @@ class Encoder:
         texts = [example.shape.text for example in batch if isinstance(example.shape, Text)]
         for example, ids in zip(batch, encode_batch(self.tokenizer, texts), strict=True):
             whole = [*before, *ids, *after]
-            yield Row(whole, ((0, len(whole)),), place_of(example), is_text=True)
+            yield Row(whole, ((0, len(whole)),), example.place, is_text=True)
 
     def _completions(self, batch: list[Example]) -> Iterator[Row]:
         before, after = self._ends()
@@ -104,7 +104,7 @@ class Encoder:
             for one in shapes
         ]
         for example, found in zip(batch, encode_plain(self.tokenizer, texts), strict=True):
-            place = place_of(example)
+            place = example.place
             one = sound(found, place)
             ((start, _),) = one.spans
             whole = [*before, *one.ids, *after]
@@ -114,11 +114,11 @@ class Encoder:
         rendered = []
         for example in batch:
             assert isinstance(example.shape, Conversation)
-            with telling(place_of(example)):
+            with telling(example.place):
                 rendered.append(self.renderer.render(example.shape.messages, example.shape.tools))
         for example, found in zip(batch, self.renderer.encode(rendered), strict=True):
             assert isinstance(example.shape, Conversation)
-            place = place_of(example)
+            place = example.place
             one = sound(found, place)
             self.check(one, example.shape.messages, example.shape.tools, place)
             spans = one.spans if self.mask_prompt else ((0, one.spans[-1][1]),)
@@ -191,11 +191,6 @@ class Encoder:
 
     def _shown(self, *ids: int) -> str:
         return f"`{self.tokenizer.decode(list(ids))}`"
-
-
-def place_of(example: Example) -> str:
-    """Where an example was read, as "path:line"."""
-    return f"{example.source}:{example.line}"
 
 
 def sound(found: Encoded | RenderError, place: str) -> Encoded:

@@ -19,7 +19,7 @@ from llmctl.data.shapes import Preference
 from llmctl.data.turns import Message
 from llmctl.errors import UserError
 from llmctl.recipe.tune import PairData
-from llmctl.stages.encode import BATCH, Encoder, place_of, sound, telling
+from llmctl.stages.encode import BATCH, Encoder, sound, telling
 from llmctl.stages.rows import OVERLONG, counted, refuse_many_dropped
 from llmctl.talk import Talk
 from llmctl.tokenizer.render import Encoded
@@ -149,14 +149,14 @@ def encoded_pairs(encoder: Encoder, found: Iterable[Example]) -> Iterator[Pair]:
     while batch := list(islice(found, BATCH)):
         rendered = []
         for example in batch:
-            shape, place = _preference(example), place_of(example)
+            shape, place = _preference(example), example.place
             encoder.formats[example.format] += 1
             for answer in (shape.chosen, shape.rejected):
                 with telling(place):
                     rendered.append(encoder.renderer.render([*shape.prompt, *answer], shape.tools))
         ids = encoder.renderer.encode(rendered)
         for number, example in enumerate(batch):
-            shape, place = _preference(example), place_of(example)
+            shape, place = _preference(example), example.place
             sides = []
             for side, answer in enumerate((shape.chosen, shape.rejected)):
                 one = sound(ids[2 * number + side], place)
@@ -174,7 +174,7 @@ def encoded_pairs(encoder: Encoder, found: Iterable[Example]) -> Iterator[Pair]:
 def _preference(example: Example) -> Preference:
     if not isinstance(example.shape, Preference):
         raise UserError(
-            f"{place_of(example)}: no pair of answers: the record is `{example.format}`",
+            f"{example.place}: no pair of answers: the record is `{example.format}`",
             "a pair has `chosen` and `rejected`; see the formats in docs/data.md",
         )
     return example.shape
