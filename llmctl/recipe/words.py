@@ -46,7 +46,7 @@ WORDS: dict[str, str] = {
     "data.train": "files, folders, globs or builtin:NAME to train on",
     "data.eval": "files to evaluate on; a share of the training documents is held out when unset",
     "data.eval_fraction": "share of the training documents held out when `data.eval` is unset",
-    "data.text_field": "column that holds the text in jsonl and parquet files",
+    "data.text_field": "field that holds the text in json, jsonl, csv and parquet files",
     "data.max_length": "tokens in a row; max_position_embeddings when unset",
     "data.overlong": "what to do with a document longer than a row",
     "data.packing": "put several documents in a row (they stay isolated from each other)",
@@ -133,7 +133,7 @@ WORDS: dict[str, str] = {
     # eval
     "eval": "what to measure",
     "eval.data": "files to score",
-    "eval.text_field": "column that holds the text in jsonl and parquet files",
+    "eval.text_field": "field that holds the text in json, jsonl, csv and parquet files",
     "eval.max_length": "tokens in a row; max_position_embeddings when unset",
     "eval.batch_size": "rows in one forward pass",
     "eval.max_rows": "score only the first rows",
