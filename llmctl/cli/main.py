@@ -6,8 +6,10 @@ Starting is fast because nothing heavy is imported here: a command imports what 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
@@ -128,6 +130,7 @@ app = build(completion=True)
 def main(args: list[str] | None = None) -> NoReturn:
     """Run a command line (`sys.argv` by default) and exit with its code."""
     words = sys.argv[1:] if args is None else args
+    quiet_libraries()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a terminal that cannot show a character gets its code, not a traceback
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -142,6 +145,12 @@ def main(args: list[str] | None = None) -> NoReturn:
             command_name(words),
         )
     )
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say to programmers from the terminal: renamed methods, kernels that could be installed."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|trl")
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 
 
 def command_name(words: list[str]) -> str:

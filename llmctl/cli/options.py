@@ -62,7 +62,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "chat": "generate.chat",
         "device": "device",
     },
-    "eval": {"data": "eval.data", "device": "device"},
+    "eval": {"data": "eval.data", "answers": "eval.answers", "device": "device"},
 }
 
 

@@ -149,13 +149,15 @@ def evaluate(
     ctx: typer.Context,
     words: Words = None,
     data: Annotated[list[str] | None, flag("eval", "data", "PATH", many=True)] = None,
+    answers: Annotated[bool | None, flag("eval", "answers")] = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("eval", "device", "NAME")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well MODEL predicts text.
 
-    Loss, perplexity and bits per byte. MODEL is a run folder, a Hugging Face folder or a hub id. KEY=VALUE sets any field of the recipe; `llmctl recipe show eval` lists them.
+    Loss, perplexity and bits per byte of text; with --answers, of the answers in conversations, and how many
+    the model would give to the letter. MODEL is a run folder, a Hugging Face folder or a hub id. KEY=VALUE sets any field of the recipe; `llmctl recipe show eval` lists them.
     """
     from llmctl.recipe.load import load_recipe
     from llmctl.recipe.schema import EvalRecipe
@@ -168,4 +170,7 @@ def evaluate(
     from llmctl.stages import evaluate as stage
 
     result = stage.run(checked, make_talk())
-    (print_json if as_json else print_listing)(result)
+    if as_json:
+        print_json(result)
+    else:
+        print_listing({name: value for name, value in result.items() if name != "matches"})

@@ -44,7 +44,8 @@ class Parity:
         count = max(1, self.tokens)
         return {
             "top1": self.agreed / count,
-            "kl": self.kl / count,
+            # rounding may leave a sum of zeros just below zero
+            "kl": self.kl / count if math.isnan(self.kl) else max(0.0, self.kl / count),
             "max_kl": self.worst,
             "perplexity_a": _exp(self.nats_a / count),
             "perplexity_b": _exp(self.nats_b / count),

@@ -101,6 +101,7 @@ class EvalSection(Section):
     """`eval.*`."""
 
     data: list[str] = about("eval.data", [])
+    answers: bool = about("eval.answers", False)
     text_field: str = about("eval.text_field", "text")
     max_length: int | None = about("eval.max_length", None, gt=1)
     batch_size: int = about("eval.batch_size", 16, ge=1)

@@ -133,6 +133,7 @@ WORDS: dict[str, str] = {
     # eval
     "eval": "what to measure",
     "eval.data": "files to score",
+    "eval.answers": "score the answers of conversations instead of text: loss, and how many are right to the letter",
     "eval.text_field": "field that holds the text in json, jsonl, csv and parquet files",
     "eval.max_length": "tokens in a row; max_position_embeddings when unset",
     "eval.batch_size": "rows in one forward pass",

@@ -110,11 +110,23 @@ def read_pairs(
     Raises UserError: as `examples`; a record without preferences; what `Encoder.check` finds; no pair is
     left; more than a tenth would be dropped for their length without `data.overlong` saying so.
     """
-    if data.overlong == "split":
-        raise UserError("data.overlong: `split` makes no sense for a pair of answers", "use drop or truncate")
     account = Account(noun="record")
     encoder = Encoder(tokenizer)
-    found = list(encoded_pairs(encoder, counted(examples(sources, "text", account), talk)))
+    found = encoded_pairs(encoder, counted(examples(sources, "text", account), talk))
+    return fitted_pairs(found, encoder, account, data, max_length, talk)
+
+
+def fitted_pairs(
+    found: Iterable[Pair], encoder: Encoder, account: Account, data: PairData, max_length: int, talk: Talk
+) -> PairRows:
+    """Pairs of at most `max_length` tokens; see `read_pairs`.
+
+    Args:
+        found: is read to the end here; `encoder` and `account` have then counted what it held.
+    """
+    if data.overlong == "split":
+        raise UserError("data.overlong: `split` makes no sense for a pair of answers", "use drop or truncate")
+    found = list(found)
     long = [pair.place for pair in found if pair.longest > max_length]
     if data.overlong is None:
         refuse_many_dropped(long, len(found), max_length)

@@ -56,18 +56,21 @@ class TalkRows:
             "account": self.account.to_json(),
         }
 
-    def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
-        """Prompt and answer, as ids, of the first `count` pieces that begin with a prompt."""
+    def prompts(self, count: int | None = None) -> list[tuple[list[int], list[int]]]:
+        """Prompt and first answer, as ids, of the first `count` pieces (all if None) that begin with a prompt."""
         found: list[tuple[list[int], list[int]]] = []
         trained = self.laid.trained
         assert trained is not None
-        for start, length in zip(self.laid.pieces.start, self.laid.pieces.length, strict=True):
+        begins = set(self.doc_start.tolist())
+        for start, length in zip(
+            self.laid.pieces.start.tolist(), self.laid.pieces.length.tolist(), strict=True
+        ):
             labels = trained[start : start + length]
             first = int(labels.argmax())
-            if first < 1 or start not in self.doc_start:
+            if first < 1 or start not in begins:
                 continue
             rest = np.flatnonzero(~labels[first:])
-            end = first + int(rest[0]) if len(rest) else int(length)
+            end = first + int(rest[0]) if len(rest) else length
             ids = self.laid.ids[start : start + length].tolist()
             found.append((ids[:first], ids[first:end]))
             if len(found) == count:
