@@ -7,7 +7,9 @@ PEFT takes seconds to import, so it is imported where it is used. What is saved 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -128,12 +130,10 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
     """
     from peft import set_peft_model_state_dict
 
-    found = set_peft_model_state_dict(model, _read_weights(folder))
-    if found.unexpected_keys:
-        raise UserError(
-            f"{folder}: unexpected adapter weights: {', '.join(found.unexpected_keys[:3])}",
-            "the adapter belongs to another model",
-        )
+    weights = _read_weights(folder)
+    _refuse_other_names(model, weights, folder)
+    with _fitting(folder):
+        set_peft_model_state_dict(model, weights)
 
 
 def attach(model: LlmctlPreTrainedModel, folder: Path) -> PeftModel:
@@ -148,15 +148,11 @@ def attach(model: LlmctlPreTrainedModel, folder: Path) -> PeftModel:
         raise UserError(
             f"{folder}: adapter of kind {settings.get('peft_type')} is not supported", "LoRA adapters are"
         )
-    _read_weights(folder)  # a damaged file should be told as such
-    try:
+    weights = _read_weights(folder)  # a damaged file should be told as such
+    with _fitting(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error, below
         found = PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        said = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(
-            f"{folder}: the adapter does not fit this base ({said[-1].rstrip('.') if said else error})",
-            "use the base it was trained on",
-        ) from None
+    _refuse_other_names(found, weights, folder)
     _mark(found.get_base_model())
     return found.eval()
 
@@ -173,6 +169,36 @@ def _mark(model: LlmctlPreTrainedModel) -> None:
     # the head is never a LoRA layer here; trained rows show in its `weight`
     if isinstance(model, LlmctlForCausalLM):
         model.head_reads_as_matrix = True
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Turn what PEFT raises for an adapter of another model into a UserError."""
+    try:
+        yield
+    except KeyError as error:  # a weight it looked for by name
+        raise _misfit(folder, f"missing: {error.args[0]}") from None
+    except (RuntimeError, ValueError, TypeError) as error:
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise _misfit(folder, said[-1].rstrip(".") if said else type(error).__name__) from None
+
+
+def _refuse_other_names(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Raise UserError if weights are missing, which PEFT would leave as they were, or have no place."""
+    from peft import get_peft_model_state_dict
+
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    # others save the whole embedding table beside the adapter
+    extra = weights.keys() - wanted - {name for name, _ in model.named_parameters()}
+    for how, names in (("missing", wanted - weights.keys()), ("unexpected", extra)):
+        if names:
+            raise _misfit(folder, f"{how}: {min(names)}")
+
+
+def _misfit(folder: Path, how: str) -> UserError:
+    return UserError(
+        f"{folder}: the adapter does not fit this base ({how})", "use the base it was trained on"
+    )
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from typing import Literal
 from torch import nn
 
 LeafKind = Literal["linear", "head"]
-HEADS = ("lm_head", "score")
+HEADS = frozenset({"lm_head", "score"})
 
 
 @dataclass(frozen=True)
@@ -36,5 +36,6 @@ def leaves(model: nn.Module) -> Iterator[Leaf]:
     """All leaves of a model in order of construction. The embedding table is not a matrix product."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            kind: LeafKind = "head" if name.rsplit(".", 1)[-1] in HEADS else "linear"
+            # any part of the name: a pass may have put a module of its own around the head
+            kind: LeafKind = "head" if not set(HEADS).isdisjoint(name.split(".")) else "linear"
             yield Leaf(name, module, kind, (module.out_features, module.in_features))
