@@ -363,7 +363,7 @@ def test_docs_say_what_every_kind_keeps():
     words = {"text": "every text", "characters": "known characters", "words": "known words"}
     page = (ROOT / "docs" / "tokenizer.md").read_text(encoding="utf-8")
     for name, kind in KINDS.items():
-        (row,) = re.findall(rf"^\| `{name}` \|.*$", page, re.M)
+        row = re.findall(rf"^\| `{name}` \|.*$", page, re.M)[0]
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert words[kind.keeps] in cells[-3], name
         assert cells[-2] == ("yes" if kind.unknown else "no"), name
