@@ -138,16 +138,16 @@ def open_scorer(
             f"{where}: holds an adapter of a language model, not a reward model", "`llmctl reward` trains one"
         )
     # folded in float32: bfloat16 would round twice
-    folded = fold(attach(_base(folder, dtype or torch.float32), folder))
+    folded = fold(attach(_base(folder), folder))
     return folded.to(device=device, dtype=dtype) if dtype else folded.to(device)
 
 
-def _base(folder: Path, dtype: torch.dtype) -> LlmctlForSequenceClassification:
-    """What a reward adapter was trained on; its own head is in the adapter."""
+def _base(folder: Path) -> LlmctlForSequenceClassification:
+    """What a reward adapter was trained on, in float32; its own head is in the adapter."""
     base = locate(base_of(folder), FILES)
     if _is_scorer(base):
-        return as_trained(open_scorer(base, dtype), folder)
-    return from_language_model(open_base(folder, dtype), seed=0)
+        return as_trained(open_scorer(base, torch.float32), folder)
+    return from_language_model(open_base(folder, torch.float32), seed=0)
 
 
 def _is_scorer(folder: Path) -> bool:

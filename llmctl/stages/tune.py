@@ -6,17 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from llmctl.errors import UserError
 from llmctl.kernels.device import Compute, pick_compute
-from llmctl.model import LlmctlForCausalLM, recompute_activations
+from llmctl.model import LlmctlForCausalLM, LlmctlForSequenceClassification, recompute_activations
 from llmctl.model.adapters import add_lora, load_adapter_weights, narrow_frozen, save_adapter
 from llmctl.model.checkpoint import load_weights, save_model
+from llmctl.model.classify import open_or_begin
 from llmctl.model.config import LlmctlConfig
+from llmctl.model.hf import LlmctlPreTrainedModel
 from llmctl.model.nf4 import quantize_nf4
 from llmctl.model.open import open_config, open_folded
 from llmctl.model.vocabulary import grow_vocabulary
@@ -134,32 +136,34 @@ class Tuned:
 
     Args:
         model: what is called and trained: PEFT's wrapper, or the model itself.
-        inner: the model, for reading and generating; it computes with the adapter.
+        inner: the model, a language model or one that scores; it computes with the adapter.
         save: writes what was trained, with tokenizer and generation config, into a folder.
         load: reads the trained weights back, in place.
     """
 
     model: torch.nn.Module
-    inner: LlmctlForCausalLM
+    inner: Any
     save: Callable[[Path], None]
     load: Callable[[Path], None]
 
 
-def tuned(base: Base, method: Method, lora: LoraSection, seed: int, checkpointing: bool) -> Tuned:
+def tuned(
+    base: Base,
+    method: Method,
+    lora: LoraSection,
+    seed: int,
+    checkpointing: bool,
+    task: Literal["causal", "reward"] = "causal",
+) -> Tuned:
     """The base with what is to be trained of it.
 
-    Adapters start from `seed`; the frozen rest is kept in the precision it is multiplied in.
+    Adapters start from `seed`; the frozen rest is kept in the precision it is multiplied in. For `reward`
+    the base gets a score head in place of its output head, unless it has one, and the head is trained too.
 
-    Raises UserError: as `open_folded` and `target_names`.
+    Raises UserError: as `open_folded`, `open_or_begin` and `target_names`.
     """
     torch.manual_seed(seed)
-    inner = open_folded(base.where, torch.float32)
-    grow_vocabulary(inner, base.rows)
-    inner.generation_config = GenerationConfig(
-        bos_token_id=base.tokenizer.bos_token_id,
-        eos_token_id=base.stop_ids,
-        pad_token_id=pad_id_of(base.tokenizer),
-    )
+    inner = _opened(base, task, seed)
     if checkpointing:
         recompute_activations(inner)
     if method == "full":
@@ -177,6 +181,7 @@ def tuned(base: Base, method: Method, lora: LoraSection, seed: int, checkpointin
         target_modules=lora.target_modules,
         tokens=base.unseen,
         base=_written_down(base.where),
+        task=task,
     )
     if method == "lora":
         narrow_frozen(inner, base.compute.dtype)
@@ -186,18 +191,36 @@ def tuned(base: Base, method: Method, lora: LoraSection, seed: int, checkpointin
     )
 
 
+def _opened(base: Base, task: str, seed: int) -> LlmctlForCausalLM | LlmctlForSequenceClassification:
+    """The base in float32, with its new rows, and with the ids of this run's tokenizer and template."""
+    if task == "reward":
+        scorer = open_or_begin(base.where, seed, torch.float32)
+        grow_vocabulary(scorer, base.rows)
+        scorer.config.pad_token_id = base.tokenizer.pad_token_id  # by which transformers finds a row's end
+        return scorer
+    inner = open_folded(base.where, torch.float32)
+    grow_vocabulary(inner, base.rows)
+    inner.generation_config = GenerationConfig(
+        bos_token_id=base.tokenizer.bos_token_id,
+        eos_token_id=base.stop_ids,
+        pad_token_id=pad_id_of(base.tokenizer),
+    )
+    return inner
+
+
 def _written_down(where: str) -> str:
     """The base as PEFT's config names it: a folder by its whole path, so that it is found from anywhere."""
     path = Path(where).expanduser()
     return str(path.resolve()) if path.is_dir() else where
 
 
-def _save_whole(model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _save_whole(model: LlmctlPreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     save_model(model, folder)
     tokenizer.save_pretrained(folder)
 
 
 def _save_adapter(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     save_adapter(model, folder)
-    model.get_base_model().generation_config.save_pretrained(folder)
+    if model.get_base_model().can_generate():
+        model.get_base_model().generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -281,7 +281,7 @@ class _Run(TrainerCallback):
 
     def _add_reference(self) -> None:
         """Give each row its log-probabilities under the model as it began, computed once a run."""
-        _refuse_adapted_head(self.model)
+        _check_head(self.model)
         rows, path = [*self.job.rows, *self.job.eval_rows], self.job.folder / REFERENCE
         mark = _fingerprint(rows)
         found = _read_reference(path, mark)
@@ -335,13 +335,17 @@ def _inner(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model()
 
 
-def _refuse_adapted_head(model: PreTrainedModel) -> None:
+def _check_head(model: PreTrainedModel) -> None:
+    """TRL reads `weight` and `bias` of the output head instead of calling it."""
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear and not model.head_reads_as_matrix:
+    if type(head) is nn.Linear:
+        return
+    if not model.head_reads_as_matrix:
         raise UserError(
             "the output head carries an adapter, which DPO would not train",
             "leave lm_head out of lora.target_modules",
         )
+    vars(head)["bias"] = None  # PEFT's wrapper of trained rows has `weight` only
 
 
 def _fingerprint(rows: list[dict[str, Any]]) -> str:

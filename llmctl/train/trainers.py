@@ -14,7 +14,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference as DpoCollator
 from trl.trainer.reward_trainer import DataCollatorForPreference as RewardCollator
@@ -44,7 +44,6 @@ class _OnRows:
         self.watch = watch
         self.step_batches: list[dict[str, Tensor]] = []
         super().__init__(*args, **kwargs)
-        self.remove_callback(PrinterCallback)
         self.processing_class = None  # a stand-in, to which `train` would align the model's special tokens
 
     def measure(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> Seen:

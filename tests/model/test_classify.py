@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from llmctl.errors import UserError
 from llmctl.model import LlmctlForSequenceClassification
-from llmctl.model.adapters import add_lora, save_adapter
+from llmctl.model.adapters import add_lora, narrow_frozen, save_adapter
 from llmctl.model.checkpoint import load_model, load_weights, new_model, save_model
 from llmctl.model.classify import from_language_model, open_or_begin, open_scorer
 from llmctl.model.leaves import leaves
@@ -128,8 +128,16 @@ def test_a_new_head_comes_from_the_seed(tmp_path):
     assert torch.equal(open_or_begin(tmp_path / "rm", seed=9).score.weight, one.score.weight)
 
 
-def test_score_is_a_head():
-    assert [leaf.name for leaf in leaves(scorer()) if leaf.kind == "head"] == ["score"]
+def test_score_is_a_head_and_stays_as_precise_as_it_is():
+    model = scorer()
+    assert [leaf.name for leaf in leaves(model) if leaf.kind == "head"] == ["score"]
+    lora = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": "all-linear"}
+    add_lora(model, **lora, task="reward")
+    narrow_frozen(model, torch.bfloat16)
+    assert {weight.dtype for weight in model.score.parameters()} == {torch.float32}
+    assert model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(torch.tensor([[5, 6, 7]])).logits.dtype == torch.float32
 
 
 def test_weights_are_read_back_in_place(tmp_path):
@@ -202,3 +210,9 @@ def test_the_other_kind_of_model_is_named(tmp_path):
     with pytest.raises(UserError) as caught:
         open_scorer(tmp_path / "sft")
     assert "sft: holds an adapter of a language model, not a reward model" in caught.value.message
+    scored = add_lora(open_or_begin(tmp_path / "lm", 0), **lora, base=str(tmp_path / "lm"), task="reward")
+    save_adapter(scored, tmp_path / "scored")
+    with pytest.raises(UserError) as caught:
+        open_model(tmp_path / "scored")
+    assert "scored: holds an adapter of a reward model, not of a language model" in caught.value.message
+    assert caught.value.hint == "`llmctl score` reads it; give a language model here"

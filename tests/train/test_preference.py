@@ -16,14 +16,15 @@ from transformers.utils import logging
 
 from llmctl.errors import CheckFailed, UserError
 from llmctl.kernels.device import Compute
-from llmctl.model.checkpoint import save_model
+from llmctl.model.adapters import add_lora
+from llmctl.model.checkpoint import new_model, save_model
 from llmctl.recipe.preference import DpoSection, RewardSection
 from llmctl.talk import SILENT
 from llmctl.train.checkpoint import checkpoints
 from llmctl.train.journal import DIVERGED
 from llmctl.train.preference import REFERENCE, train_preferences
 from llmctl.train.schedule import learning_rate
-from tests.train.pairs import FLOAT, KINDS, PAD, flipped, job, pairs, rows_of, weights, whole
+from tests.train.pairs import BAD, FLOAT, GOOD, KINDS, PAD, SPEC, flipped, job, pairs, rows_of, weights, whole
 
 BFLOAT = Compute(torch.device("cpu"), torch.bfloat16)
 
@@ -131,6 +132,40 @@ def test_dpo_losses_and_rewards_are_the_papers(tmp_path, section):
     assert found["eval_rejected_reward"] == pytest.approx(float(rewards[1]), abs=1e-5)
     assert found["eval_margin"] == pytest.approx(float(rewards[0] - rewards[1]), abs=1e-5)
     assert found["eval_accuracy"] == pytest.approx(float((delta[:, 0] > delta[:, 1]).double().mean()))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_gradients_of_new_tokens_are_autograds(tmp_path, tied):
+    """TRL multiplies by the head's matrix itself; rows of it that are trained must not be passed over."""
+    given = replace(job(tmp_path, "dpo", max_steps=1, max_grad_norm=1e9), rows=pairs(4, "dpo"), eval_rows=[])
+
+    def model():
+        language = new_model(SPEC.model_copy(update={"tie_word_embeddings": tied}), seed=0, pad_token_id=PAD)
+        torch.manual_seed(0)
+        return add_lora(language, r=4, alpha=8, dropout=0.0, target_modules="all-linear", tokens=[GOOD, BAD])
+
+    mine, plain = model(), model()
+    found = {}
+    for name, weight in mine.named_parameters():
+        if weight.requires_grad:
+            weight.register_hook(lambda gradient, name=name: found.__setitem__(name, gradient.clone()))
+    train_preferences(replace(given, model=mine, save=lambda folder: None), SILENT)
+    deltas = []
+    for row in given.rows:
+        prompt = row["prompt_ids"]
+        for name in ("chosen_ids", "rejected_ids"):
+            ids = torch.tensor(prompt + row[name])
+            logps = F.log_softmax(plain(input_ids=ids[None]).logits[0, :-1], -1)
+            deltas.append(logps[torch.arange(len(ids) - 1), ids[1:]][len(prompt) - 1 :].sum())
+    delta = torch.stack(deltas).view(-1, 2)
+    (
+        -F.logsigmoid(0.1 * (delta[:, 0] - delta[:, 1] - (delta[:, 0] - delta[:, 1]).detach()))
+    ).mean().backward()
+    want = {name: weight.grad for name, weight in plain.named_parameters() if weight.requires_grad}
+    assert found.keys() == {name for name, gradient in want.items() if gradient is not None}
+    assert sum("token" in name for name in found) == (1 if tied else 2)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, want[name], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("centre", [0.0, 0.5])
