@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from llmctl.recipe import model, schema, train
+from llmctl.recipe import model, preference, schema, train, tune
 from llmctl.recipe.load import check_file
 from llmctl.recipe.schema import RECIPES
 from llmctl.recipe.words import WORDS
@@ -27,7 +27,8 @@ CHOICES: dict[str, Any] = (
         for name in ("Family", "Norm", "Position", "Attention", "Pattern", "Ffn", "AttentionBias")
     }
     | {name: getattr(schema, name) for name in ("TokenizerKind", "Overlong")}
-    | {"Schedule": train.Schedule}
+    | {"Method": tune.Method, "DpoLoss": preference.DpoLoss}
+    | {"Schedule": train.Schedule, "DpoLoss": preference.DpoLoss}
 )
 
 
@@ -113,6 +114,6 @@ def test_readme_commands_exist() -> None:
     )
     blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     text = "\n".join(blocks)
-    used = re.findall(r"^(?:\S*/)?llmctl ((?:(?:tokenizer|runs|recipe) )?[a-z]+)", text, re.M)
+    used = re.findall(r"^(?:\S*/)?llmctl ((?:(?:tokenizer|data|runs|recipe) )?[a-z]+)", text, re.M)
     assert used
     assert not [command for command in used if command not in known]
