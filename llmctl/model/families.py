@@ -154,9 +154,15 @@ def read_config(raw: dict[str, Any], where: str) -> LlmctlConfig:
     """Our config from the contents of a `config.json`.
 
     Raises:
-        UserError: an architecture we have no row for (lists those we have), one whose config uses
-            something the row cannot express, or a value that makes no sense.
+        UserError: quantized weights, an architecture we have no row for (lists those we have), one whose
+            config uses something the row cannot express, or a value that makes no sense.
     """
+    if quantized := raw.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise UserError(
+            f"{where}: the weights are quantized ({method}), and only full ones are read",
+            "use the model they were made from",
+        )
     name = raw.get("model_type")
     if name != MODEL_TYPE and name not in FAMILIES:
         shown = "no model_type" if name is None else f"unsupported architecture `{name}`"

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from llmctl.errors import UserError
 from llmctl.model.hf import LlmctlPreTrainedModel
@@ -21,6 +22,8 @@ BLOCK = 64  # weights that share a scale
 def quantize_nf4(model: LlmctlPreTrainedModel, compute: torch.dtype) -> None:
     """Replace every leaf but the head by its NF4 form, in place. Products run in `compute`.
 
+    Rows are filled up with zeros to whole blocks: the CPU kernel would read wrong scales for others.
+
     Raises UserError if bitsandbytes is not installed.
     """
     bnb = _bitsandbytes()
@@ -31,16 +34,20 @@ def quantize_nf4(model: LlmctlPreTrainedModel, compute: torch.dtype) -> None:
         new = bnb.nn.Linear4bit(
             old.in_features, old.out_features, old.bias is not None, compute, True, "nf4", device="meta"
         )
-        device = old.weight.device
         packed = bnb.nn.Params4bit(
-            old.weight.data.float().contiguous(),
+            _whole_blocks(old.weight.data.float()),
             requires_grad=False,
             quant_type="nf4",
             blocksize=BLOCK,
             compress_statistics=True,
         )
-        new.weight = packed.to(device)
+        new.weight = packed.to(old.weight.device)
         new.bias = old.bias
+        # The layout that bitsandbytes changes to on some CPUs at the first evaluation has no gradient, and
+        # it is kept when training goes on.
+        new.support_avx512bf16_for_cpu = False
+        if old.in_features % BLOCK:
+            new.register_forward_pre_hook(_with_whole_blocks)
         _replace(model, leaf.name, new)
     model.is_loaded_in_4bit = True  # how PEFT knows
 
@@ -55,9 +62,22 @@ def round_nf4(model: LlmctlPreTrainedModel) -> None:
         if leaf.kind == "linear":
             weight: Any = leaf.module.weight
             packed, state = functional.quantize_4bit(
-                weight.data.float().contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+                _whole_blocks(weight.data.float()),
+                blocksize=BLOCK,
+                compress_statistics=True,
+                quant_type="nf4",
             )
-            weight.data = functional.dequantize_4bit(packed, state).to(weight.dtype)
+            rounded = functional.dequantize_4bit(packed, state)
+            weight.data = rounded[:, : weight.shape[1]].to(weight.dtype).contiguous()
+
+
+def _whole_blocks(rows: Tensor) -> Tensor:
+    """[..., N] with zeros up to a multiple of BLOCK."""
+    return F.pad(rows, (0, -rows.shape[-1] % BLOCK)).contiguous()
+
+
+def _with_whole_blocks(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (_whole_blocks(inputs[0]), *inputs[1:])
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from llmctl.errors import UserError
 from llmctl.files import read_json
 from llmctl.locate import locate
-from llmctl.model.adapters import ADAPTER_CONFIG, attach, fold, is_adapter
+from llmctl.model.adapters import ADAPTER_CONFIG, TASKS, attach, fold, is_adapter
 from llmctl.model.checkpoint import FILES, load_config, load_model
 from llmctl.model.config import LlmctlConfig
 from llmctl.model.hf import LlmctlForCausalLM, LlmctlPreTrainedModel
@@ -32,9 +32,10 @@ def open_model(
     """The model, with its adapter computing on its leaves if `where` is an adapter.
 
     Args:
-        dtype: of the weights; the checkpoint's own when None.
+        dtype: of the weights; when None the checkpoint's own, and float32 for an adapter.
 
-    Raises UserError: as `load_model`; an adapter whose base is gone, has changed or does not fit it.
+    Raises UserError: as `load_model`; an adapter whose base is gone, has changed or does not fit it, or
+    that is one of a reward model.
     """
     folder = locate(str(where), FILES)
     if not is_adapter(folder):
@@ -50,12 +51,17 @@ def open_folded(
     folder = locate(str(where), FILES)
     if not is_adapter(folder):
         return load_model(folder, dtype, device)
-    folded = fold(open_adapter(folder, dtype))
+    folded = fold(open_adapter(folder))  # in float32: bfloat16 would round twice
     return folded.to(device=device, dtype=dtype) if dtype else folded.to(device)
 
 
 def open_adapter(folder: Path, dtype: torch.dtype | None = None) -> PeftModel:
-    """An adapter on its base, as PEFT holds it. Folding happens in float32: bfloat16 would round twice."""
+    """An adapter on its base, as PEFT holds it; in float32 when `dtype` is None."""
+    if read_json(folder / ADAPTER_CONFIG).get("task_type") == TASKS["reward"]:
+        raise UserError(
+            f"{folder}: holds an adapter of a reward model, not of a language model",
+            "`llmctl score` reads it; give a language model here",
+        )
     model = open_base(folder, torch.float32 if dtype is None else dtype)
     found = attach(model, folder)
     if (folder / GENERATION_CONFIG).is_file():
