@@ -167,7 +167,7 @@ def test_folding_keeps_the_logits(tied: bool, tokens: list[int] | None, tmp_path
     model = adapted(base(tmp_path / "b", tied), tokens=tokens)
     expected = logits(model)
     folded = fold(model)
-    torch.testing.assert_close(logits(folded), expected, atol=1e-5, rtol=1e-5)
+    assert (logits(folded) - expected).abs().max() <= 1e-5 * expected.abs().max()
     plain = load_model(tmp_path / "b")
     assert list(folded.state_dict()) == list(plain.state_dict())
     assert [type(module) for module in folded.modules()] == [type(module) for module in plain.modules()]
