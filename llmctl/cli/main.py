@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from llmctl import __version__
-from llmctl.cli import doctor, recipe, runs, stages, tokenizer, tune
+from llmctl.cli import data, doctor, recipe, runs, stages, tokenizer, tune
 from llmctl.cli.boundary import guard
 
 Command = Callable[..., None]
@@ -27,6 +27,10 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
     "tokenizer": (
         "Train a tokenizer, compare tokenizers, see how one cuts text.",
         {"train": tokenizer.train, "eval": tokenizer.evaluate, "show": tokenizer.show},
+    ),
+    "data": (
+        "See what data holds, and the rows that training makes of it.",
+        {"inspect": data.inspect, "stats": data.stats},
     ),
     "runs": (
         "See the runs there are, and what each was made from.",
@@ -42,6 +46,7 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
 COMMANDS: dict[str, Command | None] = {
     "quickstart": stages.quickstart,
     "tokenizer": None,
+    "data": None,
     "pretrain": stages.pretrain,
     "sft": tune.sft,
     "reward": tune.reward,

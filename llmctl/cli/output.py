@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
 import textwrap
 import time
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 SIZES = ("memory_bytes", "disk_bytes")
+UNSEEN = ("Mn", "Me", "Cf")  # categories of characters that take no column
 NARROWEST = 20  # columns; a text is not broken into less
 
 
@@ -127,7 +129,15 @@ def age(stamp: str | None) -> str:
 
 
 def cell_width(text: str) -> int:
-    """Terminal columns a text takes: wide East Asian characters take two, combining marks none."""
+    """Terminal columns a text takes: wide East Asian characters take two, marks on others none."""
+    if text.isascii():
+        return len(text)
     return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+        0 if unicodedata.category(c) in UNSEEN else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
     )
+
+
+def can_draw(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that moves its cursor and may be coloured."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")

@@ -6,7 +6,6 @@ Both show the same words, which `Pace` makes: count, rate, time left, and the fa
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 import time
@@ -14,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
-from llmctl.cli.output import duration
+from llmctl.cli.output import can_draw, duration
 from llmctl.talk import Bar, Talk
 
 if TYPE_CHECKING:
@@ -30,8 +29,7 @@ SHORTEST_BAR = 8
 
 def make_talk() -> Talk:
     """A live display if stderr is a terminal that can draw, else plain lines."""
-    drawable = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
-    return LiveTalk() if drawable else PlainTalk(sys.stderr)
+    return LiveTalk() if can_draw(sys.stderr) else PlainTalk(sys.stderr)
 
 
 class Pace:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from itertools import groupby
 
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.tokenizer.special import SPACE
+from llmctl.tokenizer.stream import TextStream
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -34,6 +36,33 @@ def pieces(tokenizer: PreTrainedTokenizerFast, text: str) -> list[tuple[int, str
             raw = _shares([piece for _, piece in same], text[start:end])
         found += [(token, piece, part) for (token, piece), part in zip(same, raw, strict=True)]
     return found
+
+
+def spelled(
+    tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], before: Sequence[int] = ()
+) -> list[str]:
+    """For each id the text it completes; joined they are the text, special tokens as they are written.
+
+    The last id of a character has the whole character, those before it nothing.
+
+    Args:
+        before: ids that come before these, so that the first one keeps the space it begins with.
+    """
+    special = special_tokens(tokenizer)
+    stream, texts = TextStream(tokenizer, list(before)), [""]
+    for token in ids:
+        if token in special:
+            texts[-1] += stream.rest()
+            texts.append(special[token])
+        else:
+            texts.append(stream.add(token))
+    texts[-1] += stream.rest()
+    return texts[1:]
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
+    """Id -> text of all special tokens."""
+    return {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _shares(entries: list[str], text: str) -> list[bytes]:
