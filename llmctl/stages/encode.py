@@ -59,6 +59,10 @@ class Encoder:
         """The chat template, made when the first conversation comes."""
         return Renderer(self.tokenizer)
 
+    @cached_property
+    def _two_bos(self) -> list[int | None]:
+        return 2 * [self.tokenizer.bos_token_id]
+
     def rows(self, found: Iterable[Example]) -> Iterator[Row]:
         """Conversations, completions and texts as rows, in order.
 
@@ -126,8 +130,8 @@ class Encoder:
 
     def check(self, one: Encoded, messages: list[Message], tools: Tools, place: str) -> None:
         """Raise UserError if training on this conversation would teach something else than it says."""
-        ids, bos = one.ids, self.tokenizer.bos_token_id
-        if bos is not None and ids[:2] == [bos, bos]:
+        ids = one.ids
+        if ids[:2] == self._two_bos:
             raise UserError(
                 f"{place}: the row begins with two BOS tokens", "take one of them out of the chat template"
             )
@@ -190,7 +194,7 @@ class Encoder:
         return tuple([] if token is None else [token] for token in ids)
 
     def _shown(self, *ids: int) -> str:
-        return f"`{self.tokenizer.decode(list(ids))}`"
+        return f"`{repr(self.tokenizer.decode(list(ids)))[1:-1]}`"  # on one line
 
 
 def sound(found: Encoded | RenderError, place: str) -> Encoded:

@@ -24,7 +24,7 @@ from llmctl.stages.rows import OVERLONG, counted, refuse_many_dropped
 from llmctl.talk import Talk
 from llmctl.tokenizer.render import Encoded
 
-NO_ROOM = "the prompt alone is longer than {:,} tokens"
+NO_ROOM = "the prompt alone takes all {:,} tokens"
 SAME = "chosen and rejected are the same within {:,} tokens"
 
 
@@ -95,11 +95,22 @@ def pair_rows(
     if data.eval:
         return made, read_pairs(data.eval, data, tokenizer, max_length, talk)
     known: dict[tuple[int, ...], int] = {}
-    prompt = np.array([known.setdefault(tuple(pair.prompt_ids), len(known)) for pair in made.pairs])
-    numbers = np.arange(len(made.pairs))
-    kept, held = split_holdout(Pieces(numbers, np.full_like(numbers, 2), prompt), data.eval_fraction, seed)
-    chosen = [replace(made, pairs=[made.pairs[i] for i in part.start]) for part in (kept, held)]
-    return chosen[0], chosen[1] if len(held) else None
+    prompt = [known.setdefault(tuple(pair.prompt_ids), len(known)) for pair in made.pairs]
+    if len(known) < 2 and data.eval_fraction:
+        raise UserError(
+            "all pairs have the same prompt, so none can be held out for evaluation",
+            "give more data, name evaluation data in data.eval, or set data.eval_fraction=0",
+        )
+    numbers = np.arange(len(known))
+    parts = split_holdout(Pieces(numbers, np.full_like(numbers, 2), numbers), data.eval_fraction, seed)
+    kept, held = (set(part.start.tolist()) for part in parts)
+
+    def those(chosen: set[int]) -> PairRows:
+        return replace(
+            made, pairs=[pair for pair, which in zip(made.pairs, prompt, strict=True) if which in chosen]
+        )
+
+    return those(kept), those(held) if held else None
 
 
 def read_pairs(
@@ -200,18 +211,18 @@ def _cut_at_answer(one: Encoded, prompt: Sequence[Message]) -> tuple[list[int], 
 
 
 def _fitted(pair: Pair, overlong: str | None, max_length: int, account: Account) -> Pair | None:
-    if pair.longest <= max_length:
-        return pair
-    if overlong != "truncate":
-        account.reject(OVERLONG.format(max_length), pair.place)
-        return None
-    room = max_length - len(pair.prompt_ids)
-    if room < 1:
-        account.reject(NO_ROOM.format(max_length), pair.place)
-        return None
-    chosen, rejected = pair.chosen_ids[:room], pair.rejected_ids[:room]
-    if chosen == rejected:
+    if pair.longest > max_length:
+        if overlong != "truncate":
+            account.reject(OVERLONG.format(max_length), pair.place)
+            return None
+        room = max_length - len(pair.prompt_ids)
+        if room < 1:
+            account.reject(NO_ROOM.format(max_length), pair.place)
+            return None
+        chosen, rejected = pair.chosen_ids[:room], pair.rejected_ids[:room]
+        lost = len(pair.chosen_ids) - len(chosen) + len(pair.rejected_ids) - len(rejected)
+        pair = replace(pair, chosen_ids=chosen, rejected_ids=rejected, cut=lost)
+    if pair.chosen_ids == pair.rejected_ids:  # cut so, or apart only in white space that the template trims
         account.reject(SAME.format(max_length), pair.place)
         return None
-    lost = len(pair.chosen_ids) - len(chosen) + len(pair.rejected_ids) - len(rejected)
-    return replace(pair, chosen_ids=chosen, rejected_ids=rejected, cut=lost)
+    return pair

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -21,6 +23,7 @@ from llmctl.stages.encode import Encoder, Row
 from llmctl.talk import Talk
 
 SHARE = 0.1  # of the records that may be dropped for their length without being asked to
+SHORT = "fewer than two tokens: nothing to predict"
 UNTRAINED = "nothing of an answer is within {:,} tokens"
 OVERLONG = "longer than {:,} tokens"
 
@@ -32,7 +35,6 @@ class TalkRows:
     Args:
         places: where each document was read, by its number.
         formats: format -> records of it.
-        fingerprint: hash of all ids and labels, so of everything training sees.
     """
 
     laid: Laid
@@ -40,8 +42,17 @@ class TalkRows:
     places: Sequence[str]
     account: Account
     formats: dict[str, int]
-    fingerprint: str
     max_length: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the ids of all pieces and of which are trained, so of everything training sees."""
+        pieces, trained = self.laid.pieces, self.laid.trained
+        assert trained is not None
+        digest = hashlib.sha256()
+        for part in (self.laid.ids, trained, pieces.start, pieces.length):
+            digest.update(np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()[:32]
 
     def manifest(self, sources: list[str]) -> dict[str, Any]:
         """What a manifest records of the data."""
@@ -109,18 +120,22 @@ def read_rows(
     ids, trained, doc_start = flat(rows)
     places = [row.place for row in rows]
     texts = sum(row.is_text for row in rows)
-    pieces = _cut(doc_start, texts, data.overlong, max_length, places, account)
-    pieces = _without_untrained(pieces, trained, max_length, places, account)
+    found = _cut(doc_start, texts, data.overlong, max_length, places)
+    pieces = _useful(found, trained)
+    lengths = np.diff(doc_start)
+    for doc in np.setdiff1d(np.arange(len(places)), pieces.doc).tolist():
+        reason = SHORT if lengths[doc] < 2 else UNTRAINED if doc in found.doc else OVERLONG
+        account.reject(reason.format(max_length), places[doc])
+    if not len(pieces):
+        raise UserError(
+            f"no record is left to train on ({'; '.join(account.lines())})",
+            "raise data.max_length, or give other data",
+        )
     said = ", ".join(f"{count:,} {name}" for name, count in sorted(encoder.formats.items()))
     for line in [f"formats: {said}", *account.lines(), *pieces.lines(max_length)]:
         talk.say(line)
-    digest = hashlib.sha256(ids.tobytes())
-    digest.update(trained.tobytes())
-    digest.update(doc_start.tobytes())
     laid = Laid(ids, pieces, _rows(pieces, max_length, data.packing), trained)
-    return TalkRows(
-        laid, doc_start, places, account, dict(encoder.formats), digest.hexdigest()[:32], max_length
-    )
+    return TalkRows(laid, doc_start, places, account, dict(encoder.formats), max_length)
 
 
 def flat(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -155,61 +170,43 @@ def counted(found: Iterable[Any], talk: Talk) -> Iterable[Any]:
 
 
 def _cut(
-    doc_start: np.ndarray,
-    texts: int,
-    overlong: str | None,
-    max_length: int,
-    places: list[str],
-    account: Account,
+    doc_start: np.ndarray, texts: int, overlong: str | None, max_length: int, places: list[str]
 ) -> Pieces:
     """Texts are split unless told otherwise; a conversation in two is not the same, so those are dropped."""
     lengths = np.diff(doc_start)
-    long = np.flatnonzero(lengths > max_length)
-    talks = [places[doc] for doc in long.tolist() if doc >= texts]
     if overlong is None:
-        refuse_many_dropped(talks, len(lengths) - texts, max_length)
+        long = np.flatnonzero(lengths[texts:] > max_length) + texts
+        refuse_many_dropped([places[doc] for doc in long], len(lengths) - texts, max_length)
     parts = []
     for first, last, usual in ((0, texts, "split"), (texts, len(lengths), "drop")):
-        if last > first:
-            policy = overlong or usual
-            # the whole set may be over-long only where nothing at all is left
+        policy = overlong or usual
+        if policy == "drop":
+            fit = np.flatnonzero(lengths[first:last] <= max_length) + first
+            parts.append(Pieces(doc_start[fit], lengths[fit], fit, {"documents": last - first}))
+        elif (lengths[first:last] > 1).any():
             part = cut(doc_start[first : last + 1], max_length, policy, lambda doc, n=first: places[n + doc])
             parts.append(replace(part, doc=part.doc + first))
-            if policy == "drop":
-                for doc in long.tolist():
-                    if first <= doc < last:
-                        account.reject(OVERLONG.format(max_length), places[doc])
     return _joined(parts)
 
 
 def _joined(parts: list[Pieces]) -> Pieces:
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for part in parts:
-        for name, count in part.counts.items():
-            counts[name] = counts.get(name, 0) + count
-    counts["dropped"] = 0  # the account tells of them, with their places
+        counts.update(part.counts)
+    counts["too_short"] = 0  # the account tells of them, with their places
     return Pieces(
         np.concatenate([part.start for part in parts]),
         np.concatenate([part.length for part in parts]),
         np.concatenate([part.doc for part in parts]),
-        counts,
+        dict(counts),
         list(chain.from_iterable(part.examples for part in parts)),
     )
 
 
-def _without_untrained(
-    pieces: Pieces, trained: np.ndarray, max_length: int, places: list[str], account: Account
-) -> Pieces:
-    """Leave out pieces without a label; a record that has no other piece is dropped and counted."""
-    useful = labels_of(pieces, trained) > 0
-    kept = pieces.take(useful)
-    for doc in np.setdiff1d(pieces.doc, kept.doc).tolist():
-        account.reject(UNTRAINED.format(max_length), places[doc])
-    if not len(kept):
-        raise UserError(
-            f"no record is left to train on ({'; '.join(account.lines())})",
-            "raise data.max_length, or give other data",
-        )
+def _useful(pieces: Pieces, trained: np.ndarray) -> Pieces:
+    """Without pieces that have no label."""
+    kept = pieces.take(pieces.length > 1)
+    kept = kept.take(labels_of(kept, trained) > 0)
     return replace(kept, counts=pieces.counts, examples=pieces.examples)
 
 

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import TemplateSyntaxError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.errors import UserError, nearest, one_of
+from llmctl.tokenizer.jinja import ChatTemplate, variables_of
 from llmctl.tokenizer.kinds import TURN_END, TURN_START
-from llmctl.tokenizer.render import GENERATION, Message, Renderer
+from llmctl.tokenizer.render import Message, Renderer
 from llmctl.tokenizer.template import MARK, TEMPLATES
 
 OWN = "auto"
@@ -76,8 +75,8 @@ def _set(tokenizer: PreTrainedTokenizerFast, name: str) -> tuple[int, ...]:
 
 def _read(path: Path, wanted: str) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+        text = path.read_text(encoding="utf-8-sig")  # a mark of the encoding would be in every prompt
+    except (FileNotFoundError, NotADirectoryError):
         close = nearest(wanted, [OWN, *NAMED])
         raise UserError(
             f"template: `{wanted}` is neither a file nor one of {one_of([OWN, *NAMED])}",
@@ -87,6 +86,10 @@ def _read(path: Path, wanted: str) -> str:
         raise UserError(f"{path}: is a folder, not a template file", "name the file inside it") from None
     except PermissionError:
         raise UserError(f"{path}: no permission to read it", f"chmod u+r {path}") from None
+    except OSError as error:
+        raise UserError(
+            f"template: cannot be read: {error.strerror}", "name a file with a Jinja chat template"
+        ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})", "save the file as UTF-8") from None
     _check(path, text)
@@ -94,14 +97,13 @@ def _read(path: Path, wanted: str) -> str:
 
 
 def _check(path: Path, text: str) -> None:
-    # the marks are transformers' own tag, which plain Jinja does not know
-    plain = GENERATION.sub("", text).replace("{%- endgeneration -%}", "").replace("{% endgeneration %}", "")
     try:
-        ImmutableSandboxedEnvironment(extensions=[loopcontrols]).parse(plain)
+        ChatTemplate(text, {})  # finds unknown filters, which parsing alone does not
+        variables = variables_of(text)
     except TemplateSyntaxError as error:
         raise UserError(
             f"{path}: line {error.lineno}: not a Jinja template: {(error.message or '').rstrip('.')}",
             "mend it, or choose a named template: " + one_of(list(NAMED)),
         ) from None
-    if "messages" not in text:
+    if "messages" not in variables:
         raise UserError(f"{path}: the template never reads `messages`", "is it a chat template?")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llmctl.errors import UserError
@@ -61,29 +61,27 @@ def encode_batch(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[l
     A document that happens to contain `<|eos|>` gets the ids of those seven characters, not the
     special token, so data cannot end a sequence or forge a turn.
     """
-    with _as_it_is(tokenizer, special=False) as backend:
-        return [encoded.ids for encoded in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return encode_with(tokenizer.backend_tokenizer, texts, special=False)
 
 
-def encodings(tokenizer: PreTrainedTokenizerFast, texts: list[str], *, special: bool) -> list[Encoding]:
-    """As `encode_batch`, with the place of every token in its text.
+def encode_with(backend: Tokenizer, texts: list[str], *, special: bool) -> list[list[int]]:
+    """As `encode_batch`, by a tokenizer's backend.
 
     `special` says whether a special token spelled out in a text is that token, as in a rendered template.
     """
-    with _as_it_is(tokenizer, special) as backend:
-        return backend.encode_batch(texts, add_special_tokens=False)
+    with _as_it_is(backend, special):
+        return [encoded.ids for encoded in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 @contextmanager
-def _as_it_is(tokenizer: PreTrainedTokenizerFast, special: bool) -> Iterator[Tokenizer]:
-    """The backend, set to cut and pad nothing; afterwards it is as it was."""
-    backend = tokenizer.backend_tokenizer
+def _as_it_is(backend: Tokenizer, special: bool) -> Iterator[None]:
+    """A backend set to cut and pad nothing; afterwards it is as it was."""
     before = backend.encode_special_tokens, backend.truncation, backend.padding
     backend.encode_special_tokens = not special
     backend.no_truncation()
     backend.no_padding()
     try:
-        yield backend
+        yield
     finally:
         backend.encode_special_tokens = before[0]
         if before[1] is not None:

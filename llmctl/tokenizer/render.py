@@ -7,26 +7,22 @@ ids and never the token, so neither data nor a user can end or forge a turn.
 
 from __future__ import annotations
 
-import itertools
-import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
-from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from llmctl.tokenizer.load import encodings
-from llmctl.tokenizer.template import MARK, stop_ids
+from llmctl.tokenizer.guard import PLACEHOLDER, Guard
+from llmctl.tokenizer.jinja import FAULTS, ChatTemplate, Message, Span, first_line, parted
+from llmctl.tokenizer.spans import Coder, Encoded, SpanError, Spanned
+from llmctl.tokenizer.template import MARK, TEMPLATES, stop_ids
 
-Message = dict[str, Any]
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# private characters around the number of a special token that a message spells out, while it is rendered
-OPEN, CLOSE = "\ue0f7", "\ue0f8"
-GUARDED = re.compile(f"{OPEN}(\\d+){CLOSE}")
+__all__ = ["Encoded", "Message", "RenderError", "Rendered", "Renderer", "encode_plain"]
+
+Tools = list[dict[str, Any]] | None
+SHOWN = 24  # characters of a text, in a message
 
 
 class RenderError(ValueError):
@@ -37,32 +33,22 @@ class RenderError(ValueError):
         self.hint = hint
 
 
-@dataclass(frozen=True)
-class Rendered:
+@dataclass(frozen=True, slots=True)
+class Rendered(Spanned):
     """A conversation as text.
 
     Args:
         spans: [start, end) in characters of what the assistant writes, the end of its turn included.
-        guarded: a message spelled out a special token, so the text holds placeholders.
+        guarded: a message spelled out a special token, so placeholders stand for the template's own.
     """
 
-    text: str
-    spans: tuple[tuple[int, int], ...]
     guarded: bool = False
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A conversation as ids; `spans` are [start, end) in tokens of what the assistant writes."""
-
-    ids: list[int]
-    spans: tuple[tuple[int, int], ...]
 
 
 class Renderer:
     """A tokenizer's chat template, and how its text becomes ids.
 
-    Raises ValueError if the tokenizer has no template.
+    Raises ValueError if the tokenizer has no template, and UserError if it cannot be used.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -70,96 +56,116 @@ class Renderer:
             raise ValueError("the tokenizer has no chat template")
         self.tokenizer = tokenizer
         self.stop_ids = frozenset(stop_ids(tokenizer))
-        added = tokenizer.added_tokens_decoder.values()
-        self._special = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        self._spelled = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
-        self._names = tokenizer.special_tokens_map
+        self._guard = Guard(tokenizer.backend_tokenizer)
+        self._coder = Coder(tokenizer.backend_tokenizer)
+        self._templates: dict[bool, ChatTemplate] = {}
         self._keeps: dict[bool, bool] = {}
 
-    def render(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> Rendered:
+    def render(self, messages: Sequence[Message], tools: Tools = None) -> Rendered:
         """A whole conversation as text. Raises RenderError if the template refuses or loses something."""
-        messages, guarded = self._guard(messages)
-        self._refuse_lost_tools(messages, tools)
-        if GENERATION.search(self.tokenizer.get_chat_template(tools=tools)):
-            texts, spans = self._jinja(messages, tools, marks=True)
-            return Rendered(texts[0], tuple(map(tuple, spans[0])), guarded)
-        return Rendered(*self._incremental(messages, tools), guarded)
+        return self._rendered(messages, tools, generation=False)
 
-    def prompt(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> Rendered:
-        """The text after which the assistant begins to write."""
-        messages, guarded = self._guard(messages)
-        self._refuse_lost_tools(messages, tools)
-        return Rendered(self._text(messages, tools, generation=True), (), guarded)
+    def prompt(self, messages: Sequence[Message], tools: Tools = None) -> Rendered:
+        """The text after which the assistant begins to write; it has no spans."""
+        return self._rendered(messages, tools, generation=True)
 
-    def prompt_ids(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
         """The ids after which the assistant begins to write. Raises RenderError as `prompt`."""
         found = self.encode([self.prompt(messages, tools)])[0]
-        assert isinstance(found, Encoded)  # only the beginning of an answer can fail
+        assert isinstance(found, Encoded)  # only spans can have no place
         return found.ids
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Encoded | RenderError]:
         """Texts as ids, many at a time.
 
-        A RenderError stands where a token reaches across the beginning of an answer: generation could
+        A RenderError stands where the prompt is other tokens once the answer follows it: generation could
         never begin there.
         """
-        plain = [one for one in rendered if not one.guarded]
-        found = iter(_encode_all(self.tokenizer, plain, special=True))
-        return [_caught(self._encode_guarded, one) if one.guarded else next(found) for one in rendered]
+        plain = iter(self._coder.encode([one for one in rendered if not one.guarded]))
+        guarded = [one for one in rendered if one.guarded]
+        theirs = iter(self._guarded_coder.encode(guarded) if guarded else ())
+        return [_said(next(theirs if one.guarded else plain), TEMPLATE_HINT) for one in rendered]
 
-    # --- text -----------------------------------------------------------------------------------------
+    @cached_property
+    def _guarded_coder(self) -> Coder:
+        return Coder(self._guard.backend)
 
-    def _jinja(
-        self,
-        messages: Sequence[Message],
-        tools: list[dict[str, Any]] | None,
-        *,
-        marks: bool = False,
-        generation: bool = False,
-    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
-        try:
-            return render_jinja_template(
-                [list(messages)],
-                tools=tools,
-                chat_template=self.tokenizer.get_chat_template(tools=tools),
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=generation,
-                **self._names,
-            )
-        except (TemplateError, TypeError, KeyError) as error:
-            raise RenderError(
-                f"the chat template refuses it: {_first_line(error)}",
-                "mend the record, or choose another template with --template",
-            ) from None
+    def _rendered(self, messages: Sequence[Message], tools: Tools, *, generation: bool) -> Rendered:
+        guarded = self._guard.needed(messages, tools)
+        if guarded:
+            messages, tools = self._guard.hidden(messages), self._guard.hidden(tools)
+        self._refuse_lost_tools(messages, tools)
+        if generation:
+            return Rendered(self._text(messages, tools, guarded, generation=True)[0], (), guarded)
+        text, spans = self._text(messages, tools, guarded)
+        if not self._template(tools).marked:
+            spans = self._incremental(messages, tools, text, guarded)
+        elif not self._is_proven:
+            self._compare_prompts(messages, tools, Rendered(text, spans, guarded))
+        return Rendered(text, spans, guarded)
+
+    def _template(self, tools: Tools) -> ChatTemplate:
+        with_tools = tools is not None
+        if with_tools not in self._templates:
+            source = self.tokenizer.get_chat_template(tools=tools)
+            self._templates[with_tools] = ChatTemplate(source, self.tokenizer.special_tokens_map)
+        return self._templates[with_tools]
 
     def _text(
-        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, *, generation: bool = False
-    ) -> str:
-        return self._jinja(messages, tools, generation=generation)[0][0]
+        self, messages: Sequence[Message], tools: Tools, guarded: bool, generation: bool = False
+    ) -> tuple[str, tuple[Span, ...]]:
+        """The text without marks, and what they enclosed."""
+        try:
+            text = self._template(tools).render(messages, tools, generation)
+        except FAULTS as error:
+            raise RenderError(
+                f"the chat template refuses it: {first_line(error)}",
+                "mend the record, or choose another template with --template",
+            ) from None
+        return parted(self._guard.swapped(text) if guarded else text)
 
     def _incremental(
-        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None
-    ) -> tuple[str, tuple[tuple[int, int], ...]]:
+        self, messages: Sequence[Message], tools: Tools, whole: str, guarded: bool
+    ) -> tuple[Span, ...]:
         """For a template without generation marks: an answer is what is new when it is added."""
-        whole = self._text(messages, tools)
+        written = PLACEHOLDER if guarded else self._guard.spelled
         spans = []
         for place, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._text(messages[:place], tools, generation=True)
-            through = self._text(messages[: place + 1], tools)
+            before, _ = self._text(messages[:place], tools, guarded, generation=True)
+            last = place + 1 == len(messages)
+            through = whole if last else self._text(messages[: place + 1], tools, guarded)[0]
             if not through.startswith(before) or not whole.startswith(through):
                 raise RenderError(
                     f"the chat template writes turn {place + 1} in another way once it is part of a conversation",
                     "choose another template with --template, or put {% generation %} marks into this one",
                 )
-            ends = [found.end() for found in self._spelled.finditer(through, len(before))]
+            ends = [found.end() for found in written.finditer(through, len(before))]
             spans.append((len(before), ends[-1] if ends else len(through)))
-        return whole, tuple(spans)
+        return tuple(spans)
 
-    def _refuse_lost_tools(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> None:
+    @cached_property
+    def _is_proven(self) -> bool:
+        """Whether the template is one of ours, of which tests hold that prompts are the same everywhere."""
+        return self.tokenizer.chat_template in TEMPLATES.values()
+
+    def _compare_prompts(self, messages: Sequence[Message], tools: Tools, one: Rendered) -> None:
+        """Raise RenderError if a prompt is not what stands before its answer: templates branch on many things."""
+        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        for place, (start, _) in zip(answers, one.spans, strict=False):  # their number is checked elsewhere
+            asked = self._text(messages[:place], tools, one.guarded, generation=True)[0]
+            if asked != one.text[:start]:
+                at = next((i for i, (a, b) in enumerate(zip(asked, one.text, strict=False)) if a != b), start)
+                raise RenderError(
+                    "the prompt is rendered in another way for training than for inference: "
+                    f"{_shown(one.text[at:])} instead of {_shown(asked[at:])}",
+                    "choose another template with --template, as --template chatml",
+                )
+
+    def _refuse_lost_tools(self, messages: Sequence[Message], tools: Tools) -> None:
         """Raise RenderError if the template would drop tools or calls without a word."""
-        for wanted, what in ((bool(tools), True), (any(m.get("tool_calls") for m in messages), False)):
+        for wanted, what in ((bool(tools), True), (any("tool_calls" in m for m in messages), False)):
             if wanted and not self._keeps_tools(what):
                 raise RenderError(
                     f"the chat template does not write {'tools' if what else 'tool calls'}",
@@ -169,121 +175,37 @@ class Renderer:
     def _keeps_tools(self, definitions: bool) -> bool:
         if definitions not in self._keeps:
             function = {"name": MARK, "description": MARK, "parameters": {"type": "object", "properties": {}}}
-            call = {"type": "function", "function": {"name": MARK, "arguments": {}}}
+            # some templates insist on an id of nine characters
+            call = {"type": "function", "id": "abcdefghi", "function": {"name": MARK, "arguments": {}}}
             turns: list[Message] = [{"role": "user", "content": "?"}]
             tools = [{"type": "function", "function": function}] if definitions else None
             if not definitions:
                 turns += [{"role": "assistant", "content": "", "tool_calls": [call]}]
             try:
-                self._keeps[definitions] = MARK in self._text(turns, tools)
+                self._keeps[definitions] = MARK in self._text(turns, tools, guarded=False)[0]
             except RenderError:
                 self._keeps[definitions] = False
         return self._keeps[definitions]
 
-    # --- special tokens spelled out in a message -------------------------------------------------------
 
-    def _guard(self, messages: Sequence[Message]) -> tuple[Sequence[Message], bool]:
-        """The messages with placeholders for every special token they spell out."""
-        if not any(self._spelled.search(_all_text(message)) for message in messages):
-            return messages, False
-        return [_mapped(message, self._guarded) for message in messages], True
-
-    def _guarded(self, text: str) -> str:
-        return self._spelled.sub(lambda found: f"{OPEN}{self._special.index(found[0])}{CLOSE}", text)
-
-    def _restored(self, text: str) -> str:
-        return GUARDED.sub(lambda found: self._special[int(found[1])], text)
-
-    def _encode_guarded(self, rendered: Rendered) -> Encoded:
-        """Between the template's own special tokens everything is plain text, as the tokenizer would cut it."""
-        ids: list[int] = []
-        bounds: dict[int, int] = {}
-        wanted = sorted({bound for span in rendered.spans for bound in span})
-        for start, end in _between(self._spelled, rendered.text):
-            piece = rendered.text[start:end]
-            inside = [bound for bound in wanted if start <= bound < end]
-            if self._spelled.fullmatch(piece):
-                bounds |= dict.fromkeys(inside, len(ids))
-                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
-                continue
-            encoding = encodings(self.tokenizer, [self._restored(piece)], special=False)[0]
-            for bound in inside:
-                at = len(self._restored(rendered.text[start:bound]))
-                bounds[bound] = len(ids) + _token_at(encoding, at, len(self._restored(piece)))
-            ids += encoding.ids
-        bounds[len(rendered.text)] = len(ids)
-        return Encoded(ids, tuple((bounds[start], bounds[end]) for start, end in rendered.spans))
-
-
-def encode_plain(
-    tokenizer: PreTrainedTokenizerFast, rendered: Sequence[Rendered]
-) -> list[Encoded | RenderError]:
+def encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[Spanned]) -> list[Encoded | RenderError]:
     """As `Renderer.encode`, for text that no template rendered: special tokens in it are text."""
-    return _encode_all(tokenizer, rendered, special=False)
+    found = Coder(tokenizer.backend_tokenizer, special=False).encode(texts)
+    return [_said(one, PLAIN_HINT) for one in found]
 
 
-def _encode_all(
-    tokenizer: PreTrainedTokenizerFast, rendered: Sequence[Rendered], special: bool
-) -> list[Encoded | RenderError]:
-    found = encodings(tokenizer, [one.text for one in rendered], special=special)
-    return [_caught(_located, *pair) for pair in zip(found, rendered, strict=True)]
+TEMPLATE_HINT = "choose a template whose prompt ends with a line break, as --template chatml"
+PLAIN_HINT = "let the answer begin with the white space that the prompt ends with"
 
 
-def _caught(work: Callable[..., Encoded], *what: Any) -> Encoded | RenderError:
-    try:
-        return work(*what)
-    except RenderError as error:
-        return error
+def _shown(text: str) -> str:
+    """The beginning of a text, on one line."""
+    return f"`{repr(text[:SHOWN])[1:-1]}`"
 
 
-def _located(encoding: Encoding, rendered: Rendered) -> Encoded:
-    length = len(rendered.text)
-    return Encoded(
-        encoding.ids,
-        tuple(
-            (_token_at(encoding, start, length), _token_at(encoding, end, length))
-            for start, end in rendered.spans
-        ),
-    )
-
-
-def _token_at(encoding: Encoding, char: int, length: int) -> int:
-    """The first token that begins at `char` or later."""
-    for place in range(char, length):
-        token = encoding.char_to_token(place)
-        if token is None:
-            continue  # a character that the normalizer takes away
-        if encoding.token_to_chars(token)[0] < char:
-            raise RenderError(
-                "one token holds the end of the prompt and the beginning of the answer",
-                "choose a template whose prompt ends with a line break, as --template chatml",
-            )
-        return token
-    return len(encoding.ids)
-
-
-def _between(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
-    """[start, end) of every match and of everything between them, in order; empty ones left out."""
-    edges = [0, *(edge for found in pattern.finditer(text) for edge in found.span()), len(text)]
-    return [(start, end) for start, end in itertools.pairwise(edges) if start < end]
-
-
-def _all_text(message: Message) -> str:
-    content = message.get("content") or ""
-    if len(message) == 2 and isinstance(content, str):
-        return content
-    return json.dumps(message, ensure_ascii=False)
-
-
-def _mapped(value: Any, change: Any) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _mapped(inner, change) for key, inner in value.items()}
-    return [_mapped(inner, change) for inner in value] if isinstance(value, list) else value
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    said = lines[0].rstrip(".") if lines else type(error).__name__
-    return said[:1].lower() + said[1:]
+def _said(found: Encoded | SpanError, hint: str) -> Encoded | RenderError:
+    if isinstance(found, Encoded):
+        return found
+    if found.end:
+        return RenderError("the end of the answer is other tokens once the next turn follows it", hint)
+    return RenderError("the end of the prompt is other tokens once the answer follows it", hint)

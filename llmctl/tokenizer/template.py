@@ -7,6 +7,8 @@ import json
 
 from transformers import PreTrainedTokenizerFast
 
+from llmctl.errors import UserError
+from llmctl.tokenizer.jinja import FAULTS, first_line
 from llmctl.tokenizer.kinds import TURN_END, TURN_START
 
 # Content is trimmed because white space at its edge would fuse with the line break before it, and the
@@ -79,7 +81,7 @@ ALPACA = (
 # What the recipe fields `chat_template` and `data.template` may say by name.
 TEMPLATES: dict[str, str | None] = {"chatml": CHATML, "alpaca": ALPACA, "none": None}
 
-MARK = "mark"  # any word that no template contains next to a special token
+MARK = "zqmarkqz"  # a word that no template writes of its own accord
 
 
 def template_hash(tokenizer: PreTrainedTokenizerFast) -> str | None:
@@ -96,13 +98,22 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
     The end of a turn is found by rendering one, so it holds for any template: it is the first
     special token after the assistant's words.
+
+    Raises UserError if the template cannot render a question and its answer.
     """
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template is None:
         return found
     turns = [{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}]
-    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
-    after = tokenizer(rendered[rendered.rindex(MARK) + len(MARK) :], add_special_tokens=False)["input_ids"]
+    try:
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    except FAULTS as error:
+        raise UserError(
+            f"the chat template cannot write a question and its answer: {first_line(error)}",
+            "choose another one with --template",
+        ) from None
+    before, _, rest = rendered.rpartition(MARK)
+    after = tokenizer(rest if before else "", add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     end = next((token for token in after if token in special), None)
     return found if end is None or end in found else [*found, end]
