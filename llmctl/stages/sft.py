@@ -10,6 +10,7 @@ import torch
 
 from llmctl.data.batches import Batches, Laid, eval_batches
 from llmctl.engine.generate import generate
+from llmctl.errors import UserError
 from llmctl.evaluate.perplexity import score
 from llmctl.kernels.cross_entropy import slice_tokens
 from llmctl.model import LlmctlForCausalLM
@@ -28,6 +29,7 @@ from llmctl.talk import Talk
 from llmctl.train.checkpoint import checkpoints
 from llmctl.train.loop import Job, total_steps, train
 from llmctl.train.losses import LOSSES
+from llmctl.train.patience import forget_best
 
 STAGE = "sft"
 SAMPLES = 3  # prompts answered on the way
@@ -62,6 +64,11 @@ def run(recipe: SftRecipe, talk: Talk, *, resume: bool = False, dry_run: bool = 
         talk=talk,
     )
     rows, held = talk_rows(recipe.data, base.tokenizer, base.max_length, recipe.train.seed, talk)
+    if held is None and recipe.train.early_stopping_patience is not None:
+        raise UserError(
+            "train.early_stopping_patience: there is nothing to evaluate on",
+            "name files in data.eval, or set data.eval_fraction above 0",
+        )
     if dry_run:
         return RunResult(None, _plan(recipe, base, rows))
     if resume and not checkpoints(out):
@@ -81,6 +88,7 @@ def run(recipe: SftRecipe, talk: Talk, *, resume: bool = False, dry_run: bool = 
         install(model.save, out)
         write_report(out, STAGE, metrics, first_and_last_samples(out))
         opened.finish(metrics)
+        forget_best(out)
     return RunResult(out, metrics)
 
 
@@ -115,7 +123,7 @@ def _job(
         evaluate=evaluate,
         sample=partial(_answers, model, base, (held or rows).prompts(SAMPLES), settings.sample_tokens, talk),
         sample_steps=settings.sample_steps,
-        patience=settings.early_stopping_patience if held is not None else None,
+        patience=settings.early_stopping_patience,
     )
 
 
@@ -166,7 +174,7 @@ def _data_fields(recipe: SftRecipe, rows: TalkRows, held: TalkRows | None) -> di
 
 def _plan(recipe: SftRecipe, base: Base, rows: TalkRows) -> dict[str, Any]:
     """Rows, tokens, steps, parameters and memory; the data was read and checked in full."""
-    train_, spec = recipe.train, base.config.spec
+    train_, spec = recipe.train, base.config.spec.model_copy(update={"vocab_size": base.rows})
     per_step = train_.per_device_train_batch_size * train_.gradient_accumulation_steps
     whole = total_parameters(spec)
     memory = training_bytes(
@@ -184,7 +192,8 @@ def _plan(recipe: SftRecipe, base: Base, rows: TalkRows) -> dict[str, Any]:
         names = set(target_names(model, recipe.lora.target_modules))
         chosen = [leaf for leaf in leaves(model) if leaf.name.rsplit(".", 1)[-1] in names]
         trained = sum(recipe.lora.r * sum(leaf.shape) for leaf in chosen)
-        trained += len(base.unseen) * spec.hidden_size
+        tables = 1 if spec.tie_word_embeddings else 2  # rows of the embedding, and of a head of its own
+        trained += tables * len(base.unseen) * spec.hidden_size
         share = 0.5 + 1 / 16 if recipe.method == "qlora" else base.compute.dtype.itemsize
         memory |= {"weights": round(whole * share) + 4 * trained}
         memory |= {"gradients": 4 * trained, "optimizer": 8 * trained}

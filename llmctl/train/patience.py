@@ -16,7 +16,7 @@ BEST = "best"  # folder in the run: the weights of the lowest evaluation loss so
 
 
 class Patience:
-    """Evaluation losses so far, and the weights of the lowest.
+    """Evaluations so far, and the weights of the best: the one with the lowest loss.
 
     Args:
         limit: evaluations without a lower loss after which the run ends; None never ends it.
@@ -24,39 +24,43 @@ class Patience:
 
     def __init__(self, limit: int | None, run: Path) -> None:
         self._limit, self._folder = limit, run / BEST
-        self._losses: list[tuple[int, float]] = []
+        self._seen: list[dict[str, Any]] = []
 
     def remember(self, row: dict[str, Any]) -> None:
         """Take note of an evaluation of an earlier process."""
         if self._limit is not None and "eval_loss" in row:
-            self._losses.append((row["step"], row["eval_loss"]))
+            self._seen.append(row)
 
     def look(self, row: dict[str, Any], save: Callable[[Path], None]) -> None:
         """Take note of an evaluation just made; the weights are kept if it is the best."""
         before = self.best
         self.remember(row)
-        if self._losses and self.best != before:
+        if self.best is not before:
             with folder_atomic(self._folder) as folder:
                 save(folder)
 
     @property
-    def best(self) -> tuple[int, float] | None:
-        """Step and loss of the lowest evaluation, the first one among equals."""
-        return min(self._losses, key=lambda found: found[1], default=None)
+    def best(self) -> dict[str, Any] | None:
+        """The evaluation with the lowest loss, the first one among equals: `step` and its figures."""
+        return min(self._seen, key=lambda row: row["eval_loss"], default=None)
 
     @property
     def is_out(self) -> bool:
         """Whether the last `limit` evaluations brought no lower loss."""
         if self._limit is None or self.best is None:
             return False
-        return len(self._losses) - 1 - self._losses.index(self.best) >= self._limit
+        return len(self._seen) - 1 - self._seen.index(self.best) >= self._limit
 
     def end(self, load: Callable[[Path], None]) -> dict[str, Any]:
-        """Go back to the best weights; returns `best_step` and its `eval_loss` for the final metrics."""
+        """Go back to the best weights; returns `best_step` and its evaluation for the final metrics."""
         if self.best is None:
             return {}
-        step, loss = self.best
-        if step != self._losses[-1][0]:
+        if self.best is not self._seen[-1]:
             load(self._folder)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        return {"best_step": step, "eval_loss": loss}
+        found = {name: value for name, value in self.best.items() if name.startswith("eval_")}
+        return {"best_step": self.best["step"], **found}
+
+
+def forget_best(run: Path) -> None:
+    """Delete the best weights of a run that is done; until then a killed process may have to end it again."""
+    shutil.rmtree(run / BEST, ignore_errors=True)

@@ -13,8 +13,8 @@ import torch
 
 from llmctl.data import tinyworld
 from llmctl.recipe.load import load_recipe
-from llmctl.recipe.schema import PretrainRecipe, TokenizerRecipe
-from llmctl.stages import pretrain, tokenizer
+from llmctl.recipe.schema import PretrainRecipe, SftRecipe, TokenizerRecipe
+from llmctl.stages import pretrain, sft, tokenizer
 from llmctl.talk import SILENT
 
 DOCUMENTS = 120
@@ -33,8 +33,21 @@ SHORT = [
     "train.logging_steps=1",
     "train.threads=1",
 ]
+RECORDS = 40
+LONGEST = 44  # characters of a record; under the chat template fewer tokens than the context holds
 # a command line that trains, in a folder that has `data.jsonl` and `tok`
 TRAIN = ["pretrain", "--tokenizer", "tok", "--data", "data.jsonl", *SMALL, *SHORT]
+FEW = [
+    "lora.r=4",
+    "train.max_steps=6",
+    "train.per_device_train_batch_size=4",
+    "train.learning_rate=1e-2",
+    "train.logging_steps=1",
+    "train.threads=1",
+    "train.dtype=float32",
+]
+# the same in a folder that has `talks.jsonl` and `base`
+TUNE = ["sft", "base", "--data", "talks.jsonl", *FEW]
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +82,24 @@ def base(corpus: Path, tok: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder / "base"
 
 
+@pytest.fixture(scope="session")
+def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A jsonl file of short Alpaca records."""
+    file = tmp_path_factory.mktemp("talks") / "talks.jsonl"
+    records = [one for one in tinyworld.instructions("heldout") if len("".join(one.values())) <= LONGEST]
+    file.write_text("".join(json.dumps(one) + "\n" for one in records[:RECORDS]))
+    return file
+
+
+@pytest.fixture(scope="session")
+def adapter(talks: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished `sft` run of 6 steps on `base`."""
+    out = tmp_path_factory.mktemp("sft") / "adapter"
+    flags = {"data.train": [str(talks)], "base": str(base), "out": str(out)}
+    sft.run(load_recipe(SftRecipe, None, flags, FEW), SILENT)
+    return out
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home folder of this test alone: the default cache lies in it."""
@@ -94,6 +125,14 @@ def stocked(here: Path, corpus: Path, tok: Path, base: Path) -> Path:
     shutil.copytree(tok, here / "tok")
     shutil.copytree(base, here / "base")
     return here
+
+
+@pytest.fixture
+def talking(stocked: Path, talks: Path, adapter: Path) -> Path:
+    """`stocked` with copies of the talks and of an adapter: `talks.jsonl` and `adapter`."""
+    shutil.copy(talks, stocked / "talks.jsonl")
+    shutil.copytree(adapter, stocked / "adapter")
+    return stocked
 
 
 @pytest.fixture(autouse=True)
