@@ -117,7 +117,7 @@ def build(completion: bool) -> typer.Typer:
 
 
 def root(ctx: typer.Context, version: ShowVersion = False, show_help: ShowHelp = False) -> None:
-    """Take a language model through its whole life, from tokenizer to text.
+    """Take a language model through its whole life: tokenizer, training, preferences, text.
 
     Results go to stdout, talk goes to stderr. See `llmctl COMMAND --help` too.
     """
