@@ -82,8 +82,9 @@ class Encoder:
             (Text, self._texts),
         ):
             chosen = [index for index, one in enumerate(batch) if type(one.shape) is kind]
-            for index, row in zip(chosen, encode([batch[index] for index in chosen]), strict=True):
-                rows[index] = row
+            if chosen:  # without conversations there may be no template
+                for index, row in zip(chosen, encode([batch[index] for index in chosen]), strict=True):
+                    rows[index] = row
         for example, row in zip(batch, rows, strict=True):
             self.formats[example.format] += 1
             if row is None:

@@ -177,7 +177,8 @@ def _cut(
     if overlong is None:
         long = np.flatnonzero(lengths[texts:] > max_length) + texts
         refuse_many_dropped([places[doc] for doc in long], len(lengths) - texts, max_length)
-    parts = []
+    none = doc_start[:0]
+    parts = [Pieces(none, none, none)]
     for first, last, usual in ((0, texts, "split"), (texts, len(lengths), "drop")):
         policy = overlong or usual
         if policy == "drop":

@@ -153,7 +153,9 @@ class Renderer:
     def _compare_prompts(self, messages: Sequence[Message], tools: Tools, one: Rendered) -> None:
         """Raise RenderError if a prompt is not what stands before its answer: templates branch on many things."""
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-        for place, (start, _) in zip(answers, one.spans, strict=False):  # their number is checked elsewhere
+        if len(answers) != len(one.spans):
+            return  # which the caller finds
+        for place, (start, _) in zip(answers, one.spans, strict=True):
             asked = self._text(messages[:place], tools, one.guarded, generation=True)[0]
             if asked != one.text[:start]:
                 at = next((i for i, (a, b) in enumerate(zip(asked, one.text, strict=False)) if a != b), start)
