@@ -43,6 +43,9 @@ FEW = [
     "train.per_device_train_batch_size=4",
     "train.learning_rate=1e-2",
     "train.logging_steps=1",
+    "train.save_steps=3",
+    "train.sample_steps=6",
+    "train.sample_tokens=8",
     "train.threads=1",
     "train.dtype=float32",
 ]

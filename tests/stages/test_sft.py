@@ -64,7 +64,7 @@ def test_run_folder(talking: Path, llmctl: Program) -> None:
         "tokens_per_second", "trained_parameters",
     }  # fmt: skip
     steps = [path.name for path in sorted((out / "checkpoints").iterdir())]
-    assert steps == ["step-000005", "step-000006"]
+    assert steps == ["step-000003", "step-000006"]
     last = out / "checkpoints" / "step-000006"
     assert (last / ADAPTER_WEIGHTS).read_bytes() == (out / ADAPTER_WEIGHTS).read_bytes()
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == ENDS
@@ -100,7 +100,7 @@ def test_words_on_the_way(talking: Path, llmctl: Program) -> None:
     assert said[1:3] == [f"formats: {RECORDS} alpaca", f"read {RECORDS} records, kept {RECORDS}"]
     trained = read_manifest(talking / "out")["metrics"]["trained_parameters"]
     assert said[3] == f"training {trained:,} parameters (lora) on cpu, float32"
-    assert [line.partition(": ")[0] for line in said[4:]] == ["sample"] * 7
+    assert [line.partition(": ")[0] for line in said[4:]] == ["sample"] * 2
 
 
 def test_metrics_samples_and_report(adapter: Path) -> None:
@@ -111,14 +111,14 @@ def test_metrics_samples_and_report(adapter: Path) -> None:
     assert len(evaluated) == 6
     assert losses[-1] < losses[0] - 0.02 and evaluated[-1] < evaluated[0] - 0.02
     samples = lines(adapter / "samples.jsonl")
-    assert sorted({row["step"] for row in samples}) == list(range(7))
+    assert [row["step"] for row in samples] == [0, 0, 6, 6]
     for row in samples:
         assert row["prompt"].startswith("<|bos|><|im_start|>user\n")
         assert row["prompt"].endswith("<|im_end|>\n<|im_start|>assistant\n")
         assert row["reference"].endswith("<|im_end|>") and isinstance(row["answer"], str)
     page = (adapter / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") >= 2 and "eval_loss" in page
-    assert "step 0: " in page and "step 6: " in page and "step 3: " not in page
+    assert "step 0: " in page and "step 6: " in page
 
 
 @pytest.mark.slow

@@ -34,7 +34,6 @@ MORE = [
     "train.warmup_ratio=0.3",
     "train.gradient_accumulation_steps=2",
     "train.weight_decay=0.1",
-    "train.save_steps=3",
 ]
 
 
