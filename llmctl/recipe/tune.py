@@ -143,7 +143,7 @@ class CompareSection(Section):
     """`compare.*`: how two models are held against each other, and how far apart they may be."""
 
     data: list[str] = about("compare.data", [])
-    text_field: str = about("data.text_field", "text")
+    text_field: str = about("compare.text_field", "text")
     max_rows: int = about("compare.max_rows", 200, ge=1)
     max_length: int | None = about("compare.max_length", None, gt=1)
     batch_size: int = about("compare.batch_size", 8, ge=1)

@@ -104,6 +104,7 @@ WORDS: dict[str, str] = {
     "score.dtype": "precision of weights and compute",
     "compare": "how two models are compared, and how far apart they may be",
     "compare.data": "conversations or text to compare on",
+    "compare.text_field": "field that holds the text in json, jsonl, csv and parquet files",
     "compare.max_rows": "rows compared at most, the first ones",
     "compare.max_length": "tokens in a row, cut to that; max_position_embeddings when unset",
     "compare.batch_size": "rows in one forward pass",

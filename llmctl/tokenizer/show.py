@@ -38,9 +38,7 @@ def pieces(tokenizer: PreTrainedTokenizerFast, text: str) -> list[tuple[int, str
     return found
 
 
-def spelled(
-    tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], before: Sequence[int] = ()
-) -> list[str]:
+def spelled(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
     """For each id the text it completes; joined they are the text, special tokens as they are written.
 
     The last id of a character has the whole character, those before it nothing.
