@@ -39,7 +39,7 @@ class Score:
         loss = self.nats / max(1, self.tokens)
         return {
             "loss": loss,
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "perplexity": math.inf if loss >= 700 else math.exp(loss),  # NaN stays NaN
             "bits_per_byte": self.text_nats / math.log(2) / self.bytes if self.bytes else math.nan,
             "tokens": self.tokens,
             "bytes": round(self.bytes),
