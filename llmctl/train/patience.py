@@ -63,4 +63,5 @@ class Patience:
 
 def forget_best(run: Path) -> None:
     """Delete the best weights of a run that is done; until then a killed process may have to end it again."""
-    shutil.rmtree(run / BEST, ignore_errors=True)
+    for path in (run / BEST, *run.glob(f".tmp-{BEST}-*")):  # what a killed save left, too
+        shutil.rmtree(path, ignore_errors=True)
