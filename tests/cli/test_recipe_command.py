@@ -14,6 +14,7 @@ from llmctl.recipe.annotate import annotated
 from llmctl.recipe.load import check_file, section_of
 from llmctl.recipe.schema import RECIPES
 from llmctl.recipe.shipped import shipped_recipes
+from llmctl.recipe.words import WORDS
 from tests.program import Program
 
 
