@@ -18,7 +18,8 @@ from llmctl.stages.encode import Encoder
 from llmctl.stages.pairs import Pair, PairRows, encoded_pairs, fitted_pairs, pair_rows, read_pairs
 from llmctl.talk import SILENT
 from llmctl.tokenizer.render import Renderer
-from tests.stages.test_rows import Said, tokenizer
+from tests.said import Said
+from tests.stages.test_rows import tokenizer
 from tests.turns import assistant, call, tool, user, write
 
 TOKENIZER = tokenizer()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,26 +21,14 @@ from llmctl.recipe.tune import SftData
 from llmctl.stages.encode import Encoder, Row
 from llmctl.stages.rows import TalkRows, read_rows, require_data, talk_rows
 from llmctl.stages.tune import prepare_base
-from llmctl.talk import SILENT, Bar
+from llmctl.talk import SILENT
+from tests.said import Said
 from tests.tokenizer.talks import MARKED, byte_level
 from tests.turns import assistant, user, write
 
 PAD = 0
 LENGTH = 48
 Pieces = list[tuple[list[int], list[int]]]  # ids and labels
-
-
-class Said:
-    """A talk that remembers."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    def bar(self, *about: Any) -> AbstractContextManager[Bar]:
-        return SILENT.bar(*about)
 
 
 def tokenizer(template: str = "chatml"):

@@ -14,7 +14,7 @@ from llmctl.talk import SILENT
 from llmctl.train.checkpoint import checkpoints
 from llmctl.train.loop import Job, train
 from llmctl.train.patience import BEST, Patience, forget_best
-from tests.stages.test_rows import Said
+from tests.said import Said
 from tests.train.test_loop import job, rows_of, weights
 
 STEPS, EVERY = 40, 2
