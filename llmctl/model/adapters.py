@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from llmctl.errors import UserError, nearest, one_of
+from llmctl.errors import CheckFailed, UserError, nearest, one_of
 from llmctl.files import read_json
 from llmctl.model.hf import LlmctlForCausalLM, LlmctlPreTrainedModel
 from llmctl.model.leaves import leaves
@@ -139,7 +139,9 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
 def attach(model: LlmctlPreTrainedModel, folder: Path) -> PeftModel:
     """The model with a saved adapter on it, in place; `get_base_model()` is the model, now computing with it.
 
-    Raises UserError: not an adapter PEFT knows, damaged, or one whose shapes belong to another model.
+    Raises:
+        UserError: not an adapter PEFT knows, damaged, or one whose shapes belong to another model.
+        CheckFailed: a weight of it is not a finite number.
     """
     from peft import PeftModel
 
@@ -149,6 +151,12 @@ def attach(model: LlmctlPreTrainedModel, folder: Path) -> PeftModel:
             f"{folder}: adapter of kind {settings.get('peft_type')} is not supported", "LoRA adapters are"
         )
     weights = _read_weights(folder)  # a damaged file should be told as such
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise CheckFailed(
+                f"{folder}: the adapter holds numbers that are not finite, in {name}",
+                "train it again with a lower train.learning_rate, or use a checkpoint of the run",
+            )
     with _fitting(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error, below
         found = PeftModel.from_pretrained(model, str(folder))

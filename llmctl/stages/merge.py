@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,16 @@ def _write_and_prove(
 def _effect(
     folder: Path, adapted: LlmctlForCausalLM, rows: TalkRows, recipe: MergeRecipe, compute: Compute
 ) -> float:
-    """KL(base, adapter) in nats per token. Raises CheckFailed if the adapter does nothing."""
+    """KL(base, adapter) in nats per token. Raises CheckFailed if the adapter does nothing, or NaN comes out."""
     base = open_base(folder, torch.float32).to(device=compute.device, dtype=compute.dtype)
     quiet = recipe.compare.model_copy(update={"answers": 0})
     effect = held_together(base, adapted, rows, str(folder), quiet, compute)["kl"]
-    if not effect >= recipe.compare.min_effect:
+    if math.isnan(effect):
+        raise CheckFailed(
+            f"{folder}: the odds its base or the adapter gives are not numbers",
+            "is the base any good? `llmctl eval` it",
+        )
+    if effect < recipe.compare.min_effect:
         raise CheckFailed(
             f"{folder}: the adapter changes nothing: {effect:.3g} nats per token against its base",
             "train it longer or with a higher train.learning_rate; compare.min_effect sets the bound",
