@@ -76,6 +76,8 @@ class TalkRows:
         for start, length in zip(
             self.laid.pieces.start.tolist(), self.laid.pieces.length.tolist(), strict=True
         ):
+            if len(found) == count:
+                break
             labels = trained[start : start + length]
             first = int(labels.argmax())
             if first < 1 or start not in begins:
@@ -84,8 +86,6 @@ class TalkRows:
             end = first + int(rest[0]) if len(rest) else length
             ids = self.laid.ids[start : start + length].tolist()
             found.append((ids[:first], ids[first:end]))
-            if len(found) == count:
-                break
         return found
 
 
