@@ -1,31 +1,31 @@
 """From examples to ids with a mask, every one checked before it may train a model.
 
-What is checked stands in `Encoder._check`; an error names the place of the record.
+What is checked stands in `Encoder.check`; an error names the place of the record.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
+from typing import NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.formats import Example
 from llmctl.data.shapes import Completion, Conversation, Text, Tools
 from llmctl.errors import UserError
-from llmctl.tokenizer.load import encode_batch
-from llmctl.tokenizer.render import Encoded, Message, Rendered, Renderer, RenderError, encode_plain
+from llmctl.tokenizer.render import Encoded, Message, PlainText, Rendered, Renderer, RenderError
 
+T = TypeVar("T")
 BATCH = 512  # examples rendered and tokenized at a time
 COMPARED = 8  # rows of each kind for which the prompt is rendered as for inference and compared
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One example as the model sees it.
 
     Args:
@@ -39,6 +39,14 @@ class Row:
     spans: tuple[tuple[int, int], ...]
     place: str
     is_text: bool = False
+
+
+class _Batch(NamedTuple):
+    """Examples, and their texts: of conversations, and of completions and texts, each in order."""
+
+    examples: list[Example]
+    talks: list[Rendered]
+    plain: list[Rendered]
 
 
 @dataclass
@@ -63,6 +71,10 @@ class Encoder:
     def _two_bos(self) -> list[int | None]:
         return 2 * [self.tokenizer.bos_token_id]
 
+    @cached_property
+    def _plain(self) -> PlainText:
+        return PlainText(self.tokenizer)
+
     def rows(self, found: Iterable[Example]) -> Iterator[Row]:
         """Conversations, completions and texts as rows, in order.
 
@@ -70,64 +82,68 @@ class Encoder:
         token, an end token that is not trained or does not stop generation, two BOS at the beginning,
         a prompt that would be other ids at inference, a record of preferences.
         """
-        found = iter(found)
-        while batch := list(islice(found, BATCH)):
-            yield from self._batch(batch)
+        with ThreadPoolExecutor(1) as pool:
+            for batch, ids in _one_behind(self._begun(iter(found), pool)):
+                yield from self._finished(batch, *ids.result())
 
-    def _batch(self, batch: list[Example]) -> Iterator[Row]:
-        rows: list[Row | None] = [None] * len(batch)
-        for kind, encode in (
-            (Conversation, self._talks),
-            (Completion, self._completions),
-            (Text, self._texts),
-        ):
-            chosen = [index for index, one in enumerate(batch) if type(one.shape) is kind]
-            if chosen:  # without conversations there may be no template
-                for index, row in zip(chosen, encode([batch[index] for index in chosen]), strict=True):
-                    rows[index] = row
-        for example, row in zip(batch, rows, strict=True):
+    def _begun(
+        self, found: Iterator[Example], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[_Batch, Future[tuple[list[list[int]], list[list[int]]]]]]:
+        """Batches as text. While one is tokenized, which is no work for Python, the next can be rendered."""
+        while examples := list(islice(found, BATCH)):
+            batch = _Batch(examples, [], [])
+            for example in examples:
+                shape = example.shape
+                if isinstance(shape, Conversation):
+                    batch.talks.append(self.render(shape.messages, shape.tools, example))
+                elif isinstance(shape, Completion):
+                    begin, text = len(shape.prompt), shape.prompt + shape.completion
+                    batch.plain.append(Rendered(text, ((begin, len(text)),)))
+                elif isinstance(shape, Text):
+                    batch.plain.append(Rendered(shape.text, ()))
+            yield batch, pool.submit(self._tokenized, batch)
+
+    def _tokenized(self, batch: _Batch) -> tuple[list[list[int]], list[list[int]]]:
+        # without conversations there may be no template
+        talks = self.renderer.ids(batch.talks) if batch.talks else []
+        return talks, self._plain.ids(batch.plain)
+
+    def _finished(
+        self, batch: _Batch, talk_ids: list[list[int]], plain_ids: list[list[int]]
+    ) -> Iterator[Row]:
+        talks = iter(self.renderer.located(batch.talks, talk_ids) if batch.talks else ())
+        plain = iter(self._plain.located(batch.plain, plain_ids))
+        for example in batch.examples:
+            place, shape = example.place, example.shape
             self.formats[example.format] += 1
-            if row is None:
+            if isinstance(shape, Conversation):
+                yield self._talk(sound(next(talks), place), shape, place)
+            elif isinstance(shape, Completion | Text):
+                yield self._written(sound(next(plain), place), place)
+            else:
                 raise UserError(
-                    f"{example.place}: a record of preferences (`{example.format}`), not of one answer",
+                    f"{place}: a record of preferences (`{example.format}`), not of one answer",
                     "use it with `llmctl reward` or `llmctl dpo`",
                 )
-            yield row
 
-    def _texts(self, batch: list[Example]) -> Iterator[Row]:
-        before, after = self._ends()
-        texts = [example.shape.text for example in batch if isinstance(example.shape, Text)]
-        for example, ids in zip(batch, encode_batch(self.tokenizer, texts), strict=True):
-            whole = [*before, *ids, *after]
-            yield Row(whole, ((0, len(whole)),), example.place, is_text=True)
+    def _talk(self, one: Encoded, shape: Conversation, place: str) -> Row:
+        self.check(one, shape.messages, shape.tools, place)
+        return Row(one.ids, one.spans if self.mask_prompt else ((0, one.spans[-1][1]),), place)
 
-    def _completions(self, batch: list[Example]) -> Iterator[Row]:
-        before, after = self._ends()
-        shapes = [example.shape for example in batch if isinstance(example.shape, Completion)]
-        texts = [
-            Rendered(one.prompt + one.completion, ((len(one.prompt), len(one.prompt) + len(one.completion)),))
-            for one in shapes
-        ]
-        for example, found in zip(batch, encode_plain(self.tokenizer, texts), strict=True):
-            place = example.place
-            one = sound(found, place)
-            ((start, _),) = one.spans
-            whole = [*before, *one.ids, *after]
-            yield Row(whole, ((len(before) + start if self.mask_prompt else 0, len(whole)),), place)
+    def _written(self, one: Encoded, place: str) -> Row:
+        """Text between BOS and the end token; a completion has a span, from which on it is trained."""
+        begin, end = self._ends
+        ids = [*begin, *one.ids, *end]
+        masked = self.mask_prompt and one.spans
+        first = len(begin) + one.spans[0][0] if masked else 0
+        return Row(ids, ((first, len(ids)),), place, is_text=not one.spans)
 
-    def _talks(self, batch: list[Example]) -> Iterator[Row]:
-        rendered = []
-        for example in batch:
-            assert isinstance(example.shape, Conversation)
-            with telling(example.place):
-                rendered.append(self.renderer.render(example.shape.messages, example.shape.tools))
-        for example, found in zip(batch, self.renderer.encode(rendered), strict=True):
-            assert isinstance(example.shape, Conversation)
-            place = example.place
-            one = sound(found, place)
-            self.check(one, example.shape.messages, example.shape.tools, place)
-            spans = one.spans if self.mask_prompt else ((0, one.spans[-1][1]),)
-            yield Row(one.ids, spans, place)
+    def render(self, messages: list[Message], tools: Tools, example: Example) -> Rendered:
+        """A conversation as text. Raises UserError with the example's place if the template refuses it."""
+        try:
+            return self.renderer.render(messages, tools)
+        except RenderError as error:
+            raise UserError(f"{example.place}: {error}", error.hint) from None
 
     def check(self, one: Encoded, messages: list[Message], tools: Tools, place: str) -> None:
         """Raise UserError if training on this conversation would teach something else than it says."""
@@ -179,8 +195,10 @@ class Encoder:
         if self._seen[kind] > COMPARED:
             return
         for (start, _), answer in zip(one.spans, answers, strict=True):
-            with telling(place):
+            try:
                 asked = self.renderer.prompt_ids(messages[:answer], tools)
+            except RenderError as error:
+                raise UserError(f"{place}: {error}", error.hint) from None
             if asked != one.ids[:start]:
                 at = next((i for i, (a, b) in enumerate(zip(asked, one.ids, strict=False)) if a != b), start)
                 raise UserError(
@@ -189,13 +207,27 @@ class Encoder:
                     "choose another template with --template, as --template chatml",
                 )
 
+    @cached_property
     def _ends(self) -> tuple[list[int], list[int]]:
         """What stands before and after text that no template renders."""
-        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        return tuple([] if token is None else [token] for token in ids)
+        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return [] if begin is None else [begin], [] if end is None else [end]
 
     def _shown(self, *ids: int) -> str:
         return f"`{repr(self.tokenizer.decode(list(ids)))[1:-1]}`"  # on one line
+
+
+def _one_behind(items: Iterator[T]) -> Iterator[T]:
+    """Each item when the next one is there; an error comes in its place, after the items before it."""
+    held: list[T] = []
+    try:
+        for item in items:
+            yield from held
+            held = [item]
+    except UserError:
+        yield from held
+        raise
+    yield from held
 
 
 def sound(found: Encoded | RenderError, place: str) -> Encoded:
@@ -203,12 +235,3 @@ def sound(found: Encoded | RenderError, place: str) -> Encoded:
     if isinstance(found, RenderError):
         raise UserError(f"{place}: {found}", found.hint)
     return found
-
-
-@contextmanager
-def telling(place: str) -> Iterator[None]:
-    """Turn a RenderError into a UserError that names the place."""
-    try:
-        yield
-    except RenderError as error:
-        raise UserError(f"{place}: {error}", error.hint) from None

@@ -19,7 +19,7 @@ from llmctl.data.shapes import Preference
 from llmctl.data.turns import Message
 from llmctl.errors import UserError
 from llmctl.recipe.tune import PairData
-from llmctl.stages.encode import BATCH, Encoder, sound, telling
+from llmctl.stages.encode import BATCH, Encoder, sound
 from llmctl.stages.rows import OVERLONG, counted, refuse_many_dropped
 from llmctl.talk import Talk
 from llmctl.tokenizer.render import Encoded
@@ -172,11 +172,10 @@ def encoded_pairs(encoder: Encoder, found: Iterable[Example]) -> Iterator[Pair]:
     while batch := list(islice(found, BATCH)):
         rendered = []
         for example in batch:
-            shape, place = _preference(example), example.place
+            shape = _preference(example)
             encoder.formats[example.format] += 1
             for answer in (shape.chosen, shape.rejected):
-                with telling(place):
-                    rendered.append(encoder.renderer.render([*shape.prompt, *answer], shape.tools))
+                rendered.append(encoder.render([*shape.prompt, *answer], shape.tools, example))
         ids = encoder.renderer.encode(rendered)
         for number, example in enumerate(batch):
             shape, place = _preference(example), example.place

@@ -27,7 +27,6 @@ BEGIN, END = f"\ue0f5{NONCE}\ue0f5", f"\ue0f6{NONCE}\ue0f6"
 FAULTS = (TemplateError, TypeError, LookupError, ValueError, ArithmeticError)
 
 Message = dict[str, Any]
-Span = tuple[int, int]
 
 
 class ChatTemplate:
@@ -63,7 +62,7 @@ class ChatTemplate:
         return "".join(self._root(self._context(self._shared | given, shared=True)))
 
 
-def parted(text: str) -> tuple[str, tuple[Span, ...]]:
+def parted(text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
     """The text without marks, and the [start, end) in characters that they enclosed."""
     before, *rest = text.split(BEGIN)
     found, spans, length = [before], [], len(before)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -19,6 +20,8 @@ FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # of a repository on the hub
 
 # Parts of tokenizer.json that a call may change on the way (padding=True); not part of its identity.
 FLEETING = ("truncation", "padding")
+
+_ALONE = Lock()  # the settings of a backend are changed for a call, which another thread must not see
 
 
 def load_tokenizer(where: str) -> PreTrainedTokenizerFast:
@@ -69,7 +72,7 @@ def encode_with(backend: Tokenizer, texts: list[str], *, special: bool) -> list[
 
     `special` says whether a special token spelled out in a text is that token, as in a rendered template.
     """
-    with _as_it_is(backend, special):
+    with _ALONE, _as_it_is(backend, special):
         return [encoded.ids for encoded in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 

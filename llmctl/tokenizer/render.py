@@ -7,21 +7,22 @@ ids and never the token, so neither data nor a user can end or forge a turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from operator import itemgetter
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.tokenizer.guard import PLACEHOLDER, Guard
-from llmctl.tokenizer.jinja import FAULTS, ChatTemplate, Message, Span, first_line, parted
-from llmctl.tokenizer.spans import Coder, Encoded, SpanError, Spanned
+from llmctl.tokenizer.jinja import FAULTS, ChatTemplate, Message, first_line, parted
+from llmctl.tokenizer.spans import Coder, Encoded, Rendered, Span, SpanError
 from llmctl.tokenizer.template import MARK, TEMPLATES, stop_ids
 
-__all__ = ["Encoded", "Message", "RenderError", "Rendered", "Renderer", "encode_plain"]
+__all__ = ["Encoded", "Message", "PlainText", "RenderError", "Rendered", "Renderer"]
 
 Tools = list[dict[str, Any]] | None
+T = TypeVar("T")
 SHOWN = 24  # characters of a text, in a message
 
 
@@ -31,18 +32,6 @@ class RenderError(ValueError):
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
         self.hint = hint
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered(Spanned):
-    """A conversation as text.
-
-    Args:
-        spans: [start, end) in characters of what the assistant writes, the end of its turn included.
-        guarded: a message spelled out a special token, so placeholders stand for the template's own.
-    """
-
-    guarded: bool = False
 
 
 class Renderer:
@@ -81,10 +70,28 @@ class Renderer:
         A RenderError stands where the prompt is other tokens once the answer follows it: generation could
         never begin there.
         """
-        plain = iter(self._coder.encode([one for one in rendered if not one.guarded]))
-        guarded = [one for one in rendered if one.guarded]
-        theirs = iter(self._guarded_coder.encode(guarded) if guarded else ())
-        return [_said(next(theirs if one.guarded else plain), TEMPLATE_HINT) for one in rendered]
+        return self.located(rendered, self.ids(rendered))
+
+    def ids(self, rendered: Sequence[Rendered]) -> list[list[int]]:
+        """The ids alone: the part of `encode` that takes long, and leaves Python to other threads."""
+        return self._each(rendered, lambda coder, chosen: coder.ids([rendered[at] for at in chosen]))
+
+    def located(self, rendered: Sequence[Rendered], ids: list[list[int]]) -> list[Encoded | RenderError]:
+        """The rest of `encode`."""
+
+        def work(coder: Coder, chosen: Sequence[int]) -> list[Encoded | SpanError]:
+            return coder.located([rendered[at] for at in chosen], [ids[at] for at in chosen])
+
+        return _told(self._each(rendered, work), TEMPLATE_HINT)
+
+    def _each(self, rendered: Sequence[Rendered], work: Callable[[Coder, Sequence[int]], list[T]]) -> list[T]:
+        """What is made of each, by the coder for texts with placeholders or by that for those without."""
+        guarded = [at for at, one in enumerate(rendered) if one.guarded]
+        if not guarded:
+            return work(self._coder, range(len(rendered)))
+        plain = [at for at, one in enumerate(rendered) if not one.guarded]
+        found = [*work(self._coder, plain), *work(self._guarded_coder, guarded)]
+        return [one for _, one in sorted(zip([*plain, *guarded], found, strict=True), key=itemgetter(0))]
 
     @cached_property
     def _guarded_coder(self) -> Coder:
@@ -167,12 +174,11 @@ class Renderer:
 
     def _refuse_lost_tools(self, messages: Sequence[Message], tools: Tools) -> None:
         """Raise RenderError if the template would drop tools or calls without a word."""
-        for wanted, what in ((bool(tools), True), (any("tool_calls" in m for m in messages), False)):
-            if wanted and not self._keeps_tools(what):
-                raise RenderError(
-                    f"the chat template does not write {'tools' if what else 'tool calls'}",
-                    "choose one that does: --template chatml",
-                )
+        if tools and not self._keeps_tools(definitions=True):
+            raise RenderError("the chat template does not write tools", TOOLS_HINT)
+        for message in messages:
+            if message.get("tool_calls") and not self._keeps_tools(definitions=False):
+                raise RenderError("the chat template does not write tool calls", TOOLS_HINT)
 
     def _keeps_tools(self, definitions: bool) -> bool:
         if definitions not in self._keeps:
@@ -190,24 +196,35 @@ class Renderer:
         return self._keeps[definitions]
 
 
-def encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[Spanned]) -> list[Encoded | RenderError]:
-    """As `Renderer.encode`, for text that no template rendered: special tokens in it are text."""
-    found = Coder(tokenizer.backend_tokenizer, special=False).encode(texts)
-    return [_said(one, PLAIN_HINT) for one in found]
+class PlainText:
+    """Text that no template rendered, at work as `Renderer`: special tokens in it are text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._coder = Coder(tokenizer.backend_tokenizer, special=False)
+        self.ids = self._coder.ids
+
+    def encode(self, texts: Sequence[Rendered]) -> list[Encoded | RenderError]:
+        """Texts as ids, many at a time; a RenderError stands where an answer joins its prompt."""
+        return self.located(texts, self.ids(texts))
+
+    def located(self, texts: Sequence[Rendered], ids: list[list[int]]) -> list[Encoded | RenderError]:
+        """What `encode` does after `ids`."""
+        return _told(self._coder.located(texts, ids), PLAIN_HINT)
 
 
 TEMPLATE_HINT = "choose a template whose prompt ends with a line break, as --template chatml"
+TOOLS_HINT = "choose one that does: --template chatml"
 PLAIN_HINT = "let the answer begin with the white space that the prompt ends with"
+LOST = {
+    False: "the end of the prompt is other tokens once the answer follows it",
+    True: "the end of the answer is other tokens once the next turn follows it",
+}
+
+
+def _told(found: list[Encoded | SpanError], hint: str) -> list[Encoded | RenderError]:
+    return [one if type(one) is Encoded else RenderError(LOST[one.end], hint) for one in found]
 
 
 def _shown(text: str) -> str:
     """The beginning of a text, on one line."""
     return f"`{repr(text[:SHOWN])[1:-1]}`"
-
-
-def _said(found: Encoded | SpanError, hint: str) -> Encoded | RenderError:
-    if isinstance(found, Encoded):
-        return found
-    if found.end:
-        return RenderError("the end of the answer is other tokens once the next turn follows it", hint)
-    return RenderError("the end of the prompt is other tokens once the answer follows it", hint)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
 from llmctl.tokenizer.load import encode_with
 
+Span = tuple[int, int]
 KNOWN = 16  # tails that are remembered: a template has one or two
 
 
@@ -32,32 +34,36 @@ class SpanError(ValueError):
         self.end = end
 
 
-@dataclass(frozen=True, slots=True)
-class Spanned:
-    """A text, and spans [start, end) of it in characters."""
+class Rendered(NamedTuple):
+    """A text, and spans [start, end) of it in characters.
+
+    Args:
+        guarded: placeholders stand for special tokens (guard.py).
+    """
 
     text: str
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[Span, ...]
+    guarded: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
+class Encoded(NamedTuple):
     """A text as ids, and spans [start, end) of it in tokens."""
 
     ids: list[int]
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[Span, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Tail:
+class _Tail(NamedTuple):
     """The text between the last special token before a bound, that token included, and the bound.
 
     Args:
         token: the text of that token; empty if there is none, and the tail is all of the text.
+        number: its id.
         ids: of the tail.
     """
 
     token: str
+    number: int
     ids: list[int]
 
 
@@ -71,61 +77,84 @@ class Coder:
         self._cut = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._known: dict[str, _Tail] = {}
 
-    def encode(self, texts: Sequence[Spanned]) -> list[Encoded | SpanError]:
+    def encode(self, texts: Sequence[Rendered]) -> list[Encoded | SpanError]:
         """All texts; a SpanError stands where a bound has no place among the tokens."""
-        rows = self._ids([one.text for one in texts])
-        keys = [[self._tail(one.text, bound) for span in one.spans for bound in span] for one in texts]
-        tails = self._learned(keys)
-        return [self._encoded(*row, tails) for row in zip(rows, texts, keys, strict=True)]
+        return self.located(texts, self.ids(texts))
+
+    def ids(self, texts: Sequence[Rendered]) -> list[list[int]]:
+        """The ids alone: the part that leaves Python to other threads."""
+        return self._ids([one.text for one in texts])
+
+    def located(self, texts: Sequence[Rendered], rows: list[list[int]]) -> list[Encoded | SpanError]:
+        """The rest of `encode`."""
+        none: dict[str, _Tail] = {}
+        found = [self._encoded(*row, none) for row in zip(rows, texts, strict=True)]
+        if new := [number for number, one in enumerate(found) if one is None]:
+            tails = self._learned([texts[number] for number in new])
+            for number in new:
+                found[number] = self._encoded(rows[number], texts[number], tails)
+        return [one for one in found if one is not None]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return encode_with(self._backend, texts, special=self._special)
 
-    def _tail(self, text: str, bound: int) -> str:
-        for known in self._known:
-            if text.endswith(known, 0, bound):
-                return known
+    def _learned(self, texts: list[Rendered]) -> dict[str, _Tail]:
+        """All tails by their text; those that come again and again are remembered."""
+        keys = Counter(self._key(one.text, bound) for one in texts for bound in chain(*one.spans))
+        tails = {}
+        for (key, count), ids in zip(keys.items(), self._ids(list(keys)), strict=True):
+            at = self._cut.match(key)
+            tails[key] = _Tail(at[0], self._cuts[at[0]], ids) if at else _Tail("", 0, ids)
+            if at and count > 1 and len(self._known) < KNOWN:
+                self._known[key] = tails[key]
+        return tails
+
+    def _key(self, text: str, bound: int) -> str:
         start = 0
         for found in self._cut.finditer(text, 0, bound):
             start = found.start()
-        return text[start:bound]
+        return "" if bound == len(text) else text[start:bound]
 
-    def _learned(self, keys: list[list[str]]) -> dict[str, _Tail]:
-        """All tails by their text; those that come again and again are remembered."""
-        new = Counter(key for row in keys for key in row if key not in self._known)
-        tails = {}
-        for (key, count), ids in zip(new.items(), self._ids(list(new)), strict=True):
-            at = self._cut.match(key)
-            tails[key] = _Tail(at[0] if at else "", ids)
-            if at and count > 1 and len(self._known) < KNOWN:
-                self._known[key] = tails[key]
-        return self._known | tails
-
-    def _encoded(
-        self, ids: list[int], one: Spanned, keys: list[str], tails: dict[str, _Tail]
-    ) -> Encoded | SpanError:
-        bounds = [bound for span in one.spans for bound in span]
-        places = []
-        for number, (bound, key) in enumerate(zip(bounds, keys, strict=True)):
-            place = len(ids) if bound == len(one.text) else self._place(ids, one.text, bound, tails[key])
-            if place is None:
-                return SpanError(end=number % 2 == 1)
-            places.append(place)
+    def _encoded(self, ids: list[int], one: Rendered, tails: dict[str, _Tail]) -> Encoded | SpanError | None:
+        """None if a tail is neither known nor among `tails`."""
+        text, places = one.text, []
+        found: dict[int, list[int]] = {}  # special token -> its places in ids
+        for bound in chain(*one.spans):
+            if bound == len(text):
+                places.append(len(ids))
+                continue
+            for known in self._known:
+                if text.endswith(known, 0, bound):
+                    token, number, wanted = self._known[known]
+                    break
+            else:
+                if not tails:
+                    return None
+                token, number, wanted = tails[self._key(text, bound)]
+            at = 0
+            if token:
+                if number not in found:
+                    found[number] = _places(ids, number)
+                if len(found[number]) != text.count(token):  # other text became this token, or it another one
+                    wanted = self._ids([text[:bound]])[0]
+                else:
+                    at = found[number][text.count(token, 0, bound) - 1]
+            end = at + len(wanted)
+            if ids[at:end] != wanted:
+                return SpanError(end=len(places) % 2 == 1)
+            places.append(end)
         return Encoded(ids, tuple(zip(places[::2], places[1::2], strict=True)))
 
-    def _place(self, ids: list[int], text: str, bound: int, tail: _Tail) -> int | None:
-        """How many ids the text before `bound` has; None if they do not begin `ids`."""
-        at = 0
-        if tail.token:
-            token = self._cuts[tail.token]
-            if ids.count(token) != text.count(tail.token):  # something else became this token, or it another
-                before = self._ids([text[:bound]])[0]
-                return len(before) if ids[: len(before)] == before else None
-            at = -1
-            for _ in range(text.count(tail.token, 0, bound)):
-                at = ids.index(token, at + 1)
-        end = at + len(tail.ids)
-        return end if ids[at:end] == tail.ids else None
+
+def _places(ids: list[int], number: int) -> list[int]:
+    """Where an id stands; faster than looking at all ids one by one."""
+    found, at = [], -1
+    try:
+        while True:
+            at = ids.index(number, at + 1)
+            found.append(at)
+    except ValueError:
+        return found
 
 
 def _cuts(backend: Tokenizer) -> dict[str, int]:

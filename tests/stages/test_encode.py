@@ -280,6 +280,41 @@ def encoder_rows(encoding: Encoder, count: int) -> list[Row]:
     return list(encoding.rows(example(Conversation(TALK), line) for line in range(count)))
 
 
+def test_the_first_error_of_the_data_is_told_and_what_comes_before_it_is_given():
+    """Though the next batch is rendered before the one before it is checked."""
+    good = Conversation([user("a"), assistant("b")])
+    unchecked = Conversation([user("old"), assistant("\nmaps")])  # joins its prompt, which checking finds
+    unrendered = Conversation([assistant("a")])  # which rendering finds
+    template = (
+        MARKED["default-system"]
+        + "{% if messages[0].role == 'assistant' %}{{ raise_exception('x') }}{% endif %}"
+    )
+    for first, second, place in ((unchecked, unrendered, BATCH - 1), (good, unrendered, BATCH)):
+        found = [example(good, line) for line in range(BATCH + 3)]
+        found[BATCH - 1], found[BATCH] = example(first, BATCH - 1), example(second, BATCH)
+        given: list[Row] = []
+        with pytest.raises(UserError) as caught:
+            for row in encoder(template).rows(found):
+                given.append(row)
+        assert caught.value.message.startswith(f"talks.jsonl:{place}: ")
+        assert len(given) == place
+
+    def reading():
+        yield from [example(good, line) for line in range(BATCH)]
+        raise UserError("the file ends in the middle", "x")
+
+    rows = encoder("chatml").rows(reading())
+    assert [next(rows).place for _ in range(BATCH)][-1] == f"talks.jsonl:{BATCH - 1}"
+    with pytest.raises(UserError, match="the file ends in the middle"):
+        next(rows)
+
+
+def test_rows_may_be_left_unread():
+    rows = encoder("chatml").rows(example(Conversation(TALK), line) for line in range(3 * BATCH))
+    next(rows)
+    rows.close()
+
+
 def test_the_template_refuses_a_record():
     with pytest.raises(UserError) as caught:
         list(encoder("instruction").rows([example(Conversation([assistant("a")]), 3)]))

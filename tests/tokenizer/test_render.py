@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llmctl.tokenizer.render import Encoded, Rendered, Renderer, RenderError, encode_plain
-from llmctl.tokenizer.spans import Coder, Spanned
+from llmctl.tokenizer.render import Encoded, PlainText, Rendered, Renderer, RenderError
+from llmctl.tokenizer.spans import Coder
 from tests.tokenizer.talks import MARKED, REWRITING, SPECIAL, TOKENIZERS, byte_level, unmarked
 from tests.turns import assistant, call, system, tool, user
 
@@ -236,8 +236,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_for_many_turns(marks)
 def test_completions_are_text_and_their_prompt_begins_the_whole():
     tokenizer = made("byte-level")
     texts = [("It's the old", " maps </s>"), ("a\n", "<|im_end|>"), ("", "b"), ("the old ", "maps")]
-    spanned = [Spanned(a + b, ((len(a), len(a + b)),)) for a, b in texts]
-    *found, last = encode_plain(tokenizer, spanned)
+    spanned = [Rendered(a + b, ((len(a), len(a + b)),)) for a, b in texts]
+    *found, last = PlainText(tokenizer).encode(spanned)
     for one, (prompt, completion) in zip(found, texts, strict=False):
         ((start, end),) = one.spans
         assert not special_in(None, one.ids)
@@ -380,7 +380,7 @@ def test_a_special_token_that_other_text_becomes_too_does_not_move_the_marks():
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["[UNK]"])
     text = "a x y[UNK] b a"
-    found = Coder(tokenizer).encode([Spanned(text, ((11, 12), (11, len(text))))])[0]
+    found = Coder(tokenizer).encode([Rendered(text, ((11, 12), (11, len(text))))])[0]
     assert found == Encoded([1, 0, 0, 0, 2, 1], ((4, 5), (4, 6)))
 
 
@@ -390,5 +390,5 @@ def test_no_template_is_a_programmers_error():
 
 
 def test_texts_without_spans_are_encoded_too():
-    assert encode_plain(made("byte-level"), []) == []
+    assert PlainText(made("byte-level")).encode([]) == []
     assert Renderer.encode(renderer("byte-level", "chatml"), [Rendered("a", ())])[0].spans == ()
