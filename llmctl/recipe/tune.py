@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from llmctl.recipe.base import Section, StageRecipe, about
 from llmctl.recipe.preference import DPO_RATES, REWARD_RATES, DpoSection, PreferenceTrain, RewardSection
@@ -16,15 +16,24 @@ Method = Literal["lora", "qlora", "full"]
 SFT_RATES: dict[str, float] = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
 
 
+def _targets(value: Any) -> Any:
+    """One sentence for both choices, where pydantic would tell of each."""
+    names = isinstance(value, list) and value and all(isinstance(name, str) for name in value)
+    if names or value == "all-linear":
+        return value
+    shown = f"; for one layer write [{value}]" if isinstance(value, str) else ""
+    raise ValueError(f"`{value}` is neither all-linear nor a list of names{shown}")
+
+
 class LoraSection(Section):
     """`lora.*`: low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
 
     r: int = about("lora.r", 16, ge=1)
     alpha: float = about("lora.alpha", 32.0, gt=0)
     dropout: float = about("lora.dropout", 0.0, ge=0, lt=1)
-    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = about(
-        "lora.target_modules", "all-linear"
-    )
+    target_modules: Annotated[
+        Literal["all-linear"] | Annotated[list[str], Field(min_length=1)], BeforeValidator(_targets)
+    ] = about("lora.target_modules", "all-linear")
 
 
 class ConversationData(Section):

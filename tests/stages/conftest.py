@@ -166,3 +166,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = mounted(tmp_path / "disk", 1)
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty disk of 64 MB, unmounted afterwards."""
+    folder = mounted(tmp_path / "disk", 64)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

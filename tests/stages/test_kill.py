@@ -2,58 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from llmctl.model.checkpoint import load_model
-from llmctl.runs import read_manifest, status_of
+from llmctl.runs import read_manifest
 from llmctl.train.checkpoint import checkpoints
 from tests.program import Program
+from tests.stages import killing
 from tests.stages.bad_input import WEIGHTS, Bad, told
-from tests.stages.conftest import TRAIN, mounted
+from tests.stages.conftest import TRAIN
+from tests.stages.killing import KILLS, die_inside, kill_at_random, newest, survived
 
 STEPS = 60
-KILLS = 10
 RUN = [*TRAIN, f"train.max_steps={STEPS}", "train.save_steps=1", "train.save_total_limit=3", "--resume"]
+FIGURES = ("loss", "eval_bits_per_byte", "steps", "tokens")
 
 
-def command(*words: str, fault: str | None = None) -> subprocess.Popen[str]:
-    """The program in a process of its own, with `fault` run in it first."""
-    how = ["-m", "llmctl"] if fault is None else ["-c", f"{PREPARED}\n{fault}\n{BEGIN}"]
-    return subprocess.Popen(
-        [sys.executable, *how, *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def newest(run: Path) -> int:
-    """The step of the newest checkpoint, by name; 0 without one."""
-    folder = run / "checkpoints"
-    names = os.listdir(folder) if folder.is_dir() else []
-    return max((int(name.removeprefix("step-")) for name in names if name.startswith("step-")), default=0)
-
-
-def survived(run: Path) -> None:
-    """Assert that a killed run is known as such, and that its last checkpoint can be used."""
-    if not (run / "run.json").is_file():
-        return  # killed before it began
-    assert status_of(run, read_manifest(run)) == "crashed"
-    assert not (run / "run.lock").is_file() or json.loads((run / "run.lock").read_text())["pid"]
-    for path in checkpoints(run)[-1:]:
-        load_model(path)
+def assert_same(run: Path, whole: Path) -> None:
+    """Assert that a run ended as the uninterrupted one did."""
+    killing.assert_same(run, whole, WEIGHTS, FIGURES)
 
 
 @pytest.fixture
@@ -63,42 +33,10 @@ def whole(stocked: Path, llmctl: Program) -> Path:
     return stocked / "whole"
 
 
-def assert_same(run: Path, whole: Path) -> None:
-    """Assert that a run ended as the uninterrupted one did, bit for bit, and left no scraps."""
-    assert (run / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
-    manifest, other = read_manifest(run), read_manifest(whole)
-    assert (manifest["status"], manifest["hash"]) == ("done", other["hash"])
-    kept = ("loss", "eval_bits_per_byte", "steps", "tokens")
-    assert [manifest["metrics"][name] for name in kept] == [other["metrics"][name] for name in kept]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, other["metrics"]["steps"] + 1))
-    assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
-    ends = [{path.name for path in (folder / "checkpoints").iterdir()} for folder in (run, whole)]
-    assert ends[0] == ends[1]
-
-
 @pytest.mark.slow
 def test_killed_at_ten_random_moments(stocked: Path, whole: Path, llmctl: Program) -> None:
-    """Three times while it starts or loads, else some steps on, at a moment between two checkpoints."""
-    out, moments = stocked / "out", random.Random(0)
-    starting, reached = 2.0, []
-    while len(reached) < KILLS:
-        began, before = time.monotonic(), newest(out)
-        process = command(*RUN, "--out", "out")
-        if len(reached) in (3, 5, 8):
-            time.sleep(moments.uniform(0.5, 1.2) * starting)
-        else:
-            until = before + moments.randint(1, 4)
-            while newest(out) == before and process.poll() is None:
-                time.sleep(0.001)
-            starting = time.monotonic() - began
-            while newest(out) < until and process.poll() is None:
-                time.sleep(0.001)
-            time.sleep(moments.uniform(0, 0.03))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, process.stderr and process.stderr.read()
-        reached.append(newest(out))
-        survived(out)
+    out = stocked / "out"
+    reached = kill_at_random([*RUN, "--out", "out"], out, seed=0)
     assert reached[0] > 0 and reached == sorted(reached) and reached[-1] < STEPS, reached
     outcome = llmctl(*RUN, "--out", "out")
     assert outcome.code == 0 and f"of {STEPS}\n" in outcome.err, outcome.err
@@ -106,57 +44,8 @@ def test_killed_at_ten_random_moments(stocked: Path, whole: Path, llmctl: Progra
     assert len(read_manifest(out)["resumed"]) >= KILLS - 3
 
 
-# What a fault is written with. `at` runs `fatal` instead of the call of a function for which `when`
-# holds, and then the process dies as by kill -9: nothing is flushed, closed or cleaned up.
-PREPARED = """
-import os, shutil, signal, sys
-from pathlib import Path
-import torch
-import transformers.modeling_utils
-import llmctl.files, llmctl.train.checkpoint
-
-def at(owner, name, when, fatal):
-    usual = getattr(owner, name)
-    def replaced(*args, **kwargs):
-        if when(*args):
-            fatal(usual, *args, **kwargs)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return usual(*args, **kwargs)
-    setattr(owner, name, replaced)
-
-def nothing(usual, *args, **kwargs):
-    pass
-
-def half(usual, what, path, **kwargs):
-    usual(what, path, **kwargs)
-    os.truncate(path, os.path.getsize(path) // 2)
-
-def some(usual, folder, **kwargs):
-    os.unlink(Path(folder) / "model.safetensors")
-
-def step(path):
-    return ".tmp-step-000007-" in str(path)
-"""
-BEGIN = """
-from llmctl.cli.main import main
-main(sys.argv[1:])
-"""
-FAULTS = {
+FAULTS = killing.FAULTS | {
     "half of the weights": "at(transformers.modeling_utils, 'safe_save_file', lambda what, path: step(path), half)",
-    "half of the optimizer": "at(torch, 'save', lambda what, path: step(path) and 'optimizer' in str(path), half)",
-    "before the rename": "at(os, 'replace', lambda old, new: step(old), nothing)",
-    "after the rename, before it is synced": (
-        "at(llmctl.files, 'sync_folder', lambda path: (path / 'step-000007').exists(), nothing)"
-    ),
-    "half of an old checkpoint deleted": (
-        "at(shutil, 'rmtree', lambda path, *rest: Path(path).name == 'step-000005', some)"
-    ),
-    "the manifest not renamed": (
-        "at(os, 'replace', lambda old, new: Path(new).name == 'run.json' and Path(new).exists(), nothing)"
-    ),
-    "half of the finished model in place": (
-        "at(os, 'replace', lambda old, new: Path(old) == Path('out/final/model.safetensors'), nothing)"
-    ),
 }
 
 
@@ -165,9 +54,7 @@ FAULTS = {
 def test_killed_inside_a_write(fault: str, stocked: Path, llmctl: Program) -> None:
     words = [*RUN, "train.max_steps=12"]
     assert llmctl(*words, "--out", "whole").code == 0
-    process = command(*words, "--out", "out", fault=FAULTS[fault])
-    _, err = process.communicate()
-    assert process.returncode == -signal.SIGKILL, err
+    die_inside([*words, "--out", "out"], FAULTS[fault])
     out = stocked / "out"
     survived(out)
     assert newest(out) >= 5
@@ -177,14 +64,6 @@ def test_killed_inside_a_write(fault: str, stocked: Path, llmctl: Program) -> No
 
 
 # --- a disk that fills up during a save --------------------------------------------------------------
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """An empty disk of 64 MB."""
-    folder = mounted(tmp_path / "disk", 64)
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 LARGER = ["model.hidden_size=128", "model.intermediate_size=384"]
