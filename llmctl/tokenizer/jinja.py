@@ -82,8 +82,9 @@ def variables_of(source: str) -> set[str]:
 def first_line(error: Exception) -> str:
     """What an error says, as part of a sentence."""
     lines = str(error).strip().splitlines()
-    said = lines[0].rstrip(".") if lines else type(error).__name__
-    return said[:1].lower() + said[1:]
+    if not lines:
+        return type(error).__name__
+    return lines[0][:1].lower() + lines[0][1:].rstrip(".")
 
 
 class _Marks(Extension):
