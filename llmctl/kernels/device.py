@@ -62,7 +62,7 @@ def pick_compute(device: str, dtype: str, field: str = "train.dtype") -> Compute
         return Compute(where, torch.bfloat16 if has_fast_bfloat16(where) else torch.float32)
     if dtype == "float16" and where.type == "cpu":
         raise UserError(
-            "train.dtype: float16 is far slower than float32 on a CPU", "use bfloat16, float32 or auto"
+            f"{field}: float16 is far slower than float32 on a CPU", "use bfloat16, float32 or auto"
         )
     return Compute(where, DTYPES[dtype])
 
