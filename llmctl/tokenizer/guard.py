@@ -75,6 +75,8 @@ class Guard:
             model["vocab"] = {self._renamed(text): number for text, number in model["vocab"].items()}
         else:  # of a Unigram
             model["vocab"] = [[self._renamed(text), score] for text, score in model["vocab"]]
+        if "merges" in model:  # those that would put such a token together out of text
+            model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in self._number]
         if model.get("unk_token") is not None:
             model["unk_token"] = self._renamed(model["unk_token"])
         return Tokenizer.from_str(json.dumps(rules))
