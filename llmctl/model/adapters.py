@@ -10,8 +10,9 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -83,6 +84,8 @@ def add_lora(
     """
     from peft import LoraConfig, get_peft_model
 
+    from llmctl.model.lora_layer import fuse
+
     rows: list[int] | dict[str, list[int]] | None = list(tokens) or None
     if rows and not model.config.tie_word_embeddings and task == "causal":
         # a plain list would train the embedding and leave the head's rows as they are
@@ -99,6 +102,7 @@ def add_lora(
     )
     model.name_or_path = base  # what PEFT writes down, whatever the config says
     found = get_peft_model(model, config)
+    fuse(found)
     _mark(model)
     return found
 
@@ -169,14 +173,28 @@ def fold(model: PeftModel) -> LlmctlPreTrainedModel:
     """The model with its adapter added into its weights, in place, and no trace of PEFT left."""
     folded = model.merge_and_unload(safe_merge=True)
     if isinstance(folded, LlmctlForCausalLM):
-        folded.head_reads_as_matrix = False
+        folded.head_reads_as_matrix, folded.head_by_rows = False, None
     return folded
 
 
 def _mark(model: LlmctlPreTrainedModel) -> None:
+    from peft.utils.other import TrainableTokensWrapper
+
     # the head is never a LoRA layer here; trained rows show in its `weight`
     if isinstance(model, LlmctlForCausalLM):
         model.head_reads_as_matrix = True
+        if isinstance(model.lm_head, TrainableTokensWrapper):
+            model.head_by_rows = partial(_by_rows, model.lm_head)
+
+
+def _by_rows(head: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """The head as it was, with indices and values of its trained rows. PEFT's `weight` is a copy of all of it."""
+    layer = head.token_adapter
+    if head.disable_adapters:
+        return layer.base_layer.weight, None
+    (name,) = head.active_adapters
+    values = layer.trainable_tokens_delta[name]
+    return layer.base_layer.weight, (torch.tensor(layer.token_indices[name], device=values.device), values)
 
 
 @contextmanager

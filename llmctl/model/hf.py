@@ -6,6 +6,7 @@ call, and nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,8 @@ class LlmctlForCausalLM(LlmctlPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # set by a pass that wraps the head but keeps `weight` all that it computes with
         self.head_reads_as_matrix = False
+        # set by a pass that trains some rows of the head alone: the matrix, and indices and values for its rows
+        self.head_by_rows: Callable[[], tuple[Tensor, tuple[Tensor, Tensor] | None]] | None = None
         self.post_init()
 
     def forward(  # noqa: PLR0913  (the names transformers, PEFT and TRL pass)
@@ -225,7 +228,8 @@ class LlmctlForCausalLM(LlmctlPreTrainedModel, GenerationMixin):
         whole = type(self.lm_head) is nn.Linear or self.head_reads_as_matrix
         if labels is not None and skip_logits and whole:
             shifted = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
-            loss = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, shifted.flatten())
+            head, rows = (self.lm_head.weight, None) if self.head_by_rows is None else self.head_by_rows()
+            loss = linear_cross_entropy(hidden.flatten(0, 1), head, shifted.flatten(), rows)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])

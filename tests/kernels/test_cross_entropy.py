@@ -77,3 +77,38 @@ def test_autocast_computes_in_bfloat16_and_sums_in_float32():
     exact = linear_cross_entropy_reference(h, w, labels)
     assert loss.dtype == torch.float32 and loss != exact
     torch.testing.assert_close(loss, exact, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("size", [8, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_in_place_of_the_heads(monkeypatch, size, dtype):
+    """Loss and gradients as with the rows copied into the head; the head itself stays as it is."""
+    monkeypatch.setitem(cross_entropy.SLICE, "cpu", size)
+    index = torch.tensor([7, 2, 49])
+    found = []
+    for by_rows in (True, False):
+        h, w, labels = operands()
+        labels[:3] = index
+        w.requires_grad_(False)
+        before = w.clone()
+        values = torch.randn(3, E, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            if by_rows:
+                loss = linear_cross_entropy(h, w, labels, (index, values))
+            else:
+                loss = linear_cross_entropy(h, w.index_copy(0, index, values), labels)
+        (loss * -2.5).backward()
+        assert torch.equal(w, before) and w.grad is None and values.grad.any()
+        found.append((loss, h.grad, values.grad))
+    for mine, expected in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_without_gradients():
+    h, w, labels = operands()
+    index, values = torch.tensor([1]), torch.randn(1, E, requires_grad=True)
+    with torch.no_grad():
+        loss = linear_cross_entropy(h, w, labels, (index, values))
+    assert not loss.requires_grad
+    expected = linear_cross_entropy_reference(h, w.index_copy(0, index, values), labels)
+    torch.testing.assert_close(loss, expected.detach(), atol=1e-4, rtol=1e-6)
