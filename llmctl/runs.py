@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -143,13 +144,24 @@ def run_of(path: Path) -> dict[str, Any] | None:
 def output_hashes(path: Path) -> dict[str, str]:
     """SHA-256 of every result file directly in a model, tokenizer or run folder."""
     return {
-        file.name: file_hash(file)
+        file.name: _known_hash(file, *_stamp(file))
         for file in sorted(path.iterdir())
         if file.is_file()
         and file.suffix in OUTPUT_SUFFIXES
         and file.name not in NOT_OUTPUT
         and not file.name.startswith(".")
     }
+
+
+@lru_cache(maxsize=1024)
+def _known_hash(file: Path, size: int, changed: int) -> str:
+    """The hash of a file in this state: a base is asked for several times in a command."""
+    return file_hash(file)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    about = file.stat()
+    return about.st_size, about.st_mtime_ns
 
 
 def folder_hash(path: Path) -> str:
@@ -332,7 +344,8 @@ def _inputs(entries: dict[str, Any]) -> dict[str, str]:
     """What a run is made from, by content: parents by role, data by use."""
     found = {parent["role"]: parent["hash"] for parent in entries.get("parents", [])}
     uses = entries.get("data", {}).items()
-    return found | {f"{use} data": about["fingerprint"] for use, about in uses if "fingerprint" in about}
+    known = {use: about for use, about in uses if isinstance(about, dict) and "fingerprint" in about}
+    return found | {f"{use} data": about["fingerprint"] for use, about in known.items()}
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:

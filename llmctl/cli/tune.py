@@ -65,6 +65,7 @@ def reward(
     data: Annotated[list[str] | None, flag("reward", "data", "PATH", many=True)] = None,
     eval_data: Annotated[list[str] | None, flag("reward", "eval_data", "PATH", many=True)] = None,
     lora: Annotated[bool, typer.Option("--lora", help="train adapters: method=lora")] = False,
+    qlora: Annotated[bool, typer.Option("--qlora", help="adapters on a four-bit base: method=qlora")] = False,
     full: Annotated[bool, typer.Option("--full", help="train all weights: method=full")] = False,
     template: Annotated[str | None, flag("reward", "template", "NAME|FILE")] = None,
     out: Annotated[str | None, flag("reward", "out", "DIR")] = None,
@@ -94,6 +95,7 @@ def dpo(
     data: Annotated[list[str] | None, flag("dpo", "data", "PATH", many=True)] = None,
     eval_data: Annotated[list[str] | None, flag("dpo", "eval_data", "PATH", many=True)] = None,
     lora: Annotated[bool, typer.Option("--lora", help="train adapters: method=lora")] = False,
+    qlora: Annotated[bool, typer.Option("--qlora", help="adapters on a four-bit base: method=qlora")] = False,
     full: Annotated[bool, typer.Option("--full", help="train all weights: method=full")] = False,
     beta: Annotated[float | None, flag("dpo", "beta", "X")] = None,
     template: Annotated[str | None, flag("dpo", "template", "NAME|FILE")] = None,
@@ -106,9 +108,9 @@ def dpo(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Let MODEL prefer the chosen answers, by direct preference optimization.
+    """Let MODEL prefer the chosen answers, from preferences.
 
-    MODEL itself, as it is before training, is the reference. KEY=VALUE sets any field of the recipe;
+    By direct preference optimization (DPO); MODEL itself, as it is before training, is the reference. KEY=VALUE sets any field of the recipe;
     `llmctl recipe show dpo` lists them.
     """
     from llmctl.recipe.tune import DpoRecipe
@@ -142,7 +144,7 @@ def score(
         print_json(found)
         return
     for row in found.pop("rows"):
-        print(f"{row['score']:+9.4f}  {row['place']}  {_short(row['answer'])}")
+        print(f"{row['score']:+9.4f}  {row.get('side', ''):8}  {row['place']}  {_short(row['answer'])}")
     print_listing(found)
 
 
@@ -156,7 +158,7 @@ def merge(
     device: Annotated[str | None, flag("merge", "device", "NAME")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fold the adapter of RUN into its base, and prove that nothing was lost.
+    """Fold the adapter of RUN into its base, and prove the result.
 
     The merged model is read back from disk and held against the adapter; exit code 3 if they differ, or if
     the adapter changes nothing. KEY=VALUE sets any field of the recipe; `llmctl recipe show merge` lists them.
@@ -183,9 +185,10 @@ def compare(
     device: Annotated[str | None, flag("compare", "device", "NAME")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare models A and B: preferred tokens, divergence, perplexity, stops, answers.
+    """Compare models A and B on the same data: odds and answers.
 
-    Exit code 3 if they are further apart than --min-top1 and --max-kl allow. KEY=VALUE sets any field of the
+    Preferred tokens, divergence, perplexity, how often answers end, and the answers side by side. Exit code 3
+    if they are further apart than --min-top1 and --max-kl allow. KEY=VALUE sets any field of the
     recipe; `llmctl recipe show compare` lists them.
     """
     from llmctl.recipe.load import load_recipe
@@ -197,7 +200,10 @@ def compare(
     named = dict(zip(("base", "other"), plain, strict=False))
     checked = load_recipe(CompareRecipe, recipe, given(ctx, "compare") | named, overrides)
     if checked.base is None or checked.other is None:
-        raise UsageError("missing arguments A and B", f"two models are compared: {MODEL}")
+        raise UsageError(
+            "missing arguments A and B" if not plain else "missing argument B",
+            f"two models are compared: {MODEL}",
+        )
     from llmctl.stages import compare as stage
 
     found = stage.run(checked, make_talk())

@@ -151,8 +151,10 @@ def _asked(record: Keys) -> list[Message]:
             raise Bad(
                 f"`history[{number}]` is no pair of strings", 'a turn is ["what was asked", "the answer"]'
             )
-        turns.append({"role": "user", "content": text(pair[0], f"history[{number}][0]")})
-        turns.append({"role": "assistant", "content": text(pair[1], f"history[{number}][1]")})
+        for role, said, at in zip(("user", "assistant"), pair, (0, 1), strict=True):
+            if not text(said, f"history[{number}][{at}]").strip():
+                raise Unusable(f"an empty {role} turn in its history")
+            turns.append({"role": role, "content": said})
     asked = optional_text(text(record["instruction"], "instruction"), "instruction")
     given = optional_text(record.get("input"), "input")
     if not asked and not given:

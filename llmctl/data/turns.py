@@ -101,6 +101,8 @@ def _message(item: Any, field: str, number: int, unread: set[str]) -> Message:
         made["tool_calls"] = _calls(calls, f"{place}.tool_calls")
     if content is not None or not calls:
         made["content"] = _content(item, "content", place)
+    if item.get("weight") == 0:
+        raise Bad(f"`{place}` has weight 0, but every assistant turn is trained", "leave such records out")
     for key in item.keys() - {"role", "content", "tool_calls"}:
         if key in KEPT and type(item[key]) is str:
             made[key] = item[key]

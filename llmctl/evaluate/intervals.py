@@ -18,7 +18,9 @@ def share_interval(right: float, of: int) -> tuple[float, float]:
     share, spread = right / of, Z95 * Z95 / of
     middle = share + spread / 2
     reach = Z95 * math.sqrt(share * (1 - share) / of + spread / (4 * of))
-    return max(0.0, (middle - reach) / (1 + spread)), min(1.0, (middle + reach) / (1 + spread))
+    low, high = (middle - reach) / (1 + spread), (middle + reach) / (1 + spread)
+    # none and all are bounds of their own, which rounding would miss by a hair
+    return 0.0 if right == 0 else low, 1.0 if right == of else high
 
 
 def paired_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:

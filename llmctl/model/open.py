@@ -99,7 +99,12 @@ def base_dtype(folder: Path) -> torch.dtype:
     """The precision in which the base of an adapter is stored."""
     where = base_of(folder)
     inner = locate(where, FILES)
-    return base_dtype(inner) if is_adapter(inner) else load_model(inner).dtype
+    if is_adapter(inner):
+        return base_dtype(inner)
+    raw = read_json(inner / "config.json")
+    named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    found = getattr(torch, named.removeprefix("torch."), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def base_of(folder: Path) -> str:
@@ -126,7 +131,7 @@ def base_of(folder: Path) -> str:
         )
     raise UserError(
         f"{folder}: its base {recorded['path']} is not there",
-        "put it back, or anywhere under runs/, where it is found by its content",
+        "put it back; a run folder is found by its content anywhere under runs/",
     )
 
 

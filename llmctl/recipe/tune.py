@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from llmctl.recipe.base import Section, StageRecipe, about
 from llmctl.recipe.preference import DPO_RATES, REWARD_RATES, DpoSection, PreferenceTrain, RewardSection
@@ -34,6 +34,12 @@ class LoraSection(Section):
     target_modules: Annotated[
         Literal["all-linear"] | Annotated[list[str], Field(min_length=1)], BeforeValidator(_targets)
     ] = about("lora.target_modules", "all-linear")
+
+
+def refuse_unused_adapter(method: Method, lora: LoraSection) -> None:
+    """Raise ValueError for settings of an adapter in a run that has none."""
+    if method == "full" and lora != LoraSection():
+        raise ValueError("`lora` belongs to method lora or qlora; `full` trains the weights themselves")
 
 
 class ConversationData(Section):
@@ -86,6 +92,11 @@ class SftRecipe(StageRecipe):
     data: SftData = about("data", SftData())
     train: SftTrain = about("train", SftTrain())
 
+    @model_validator(mode="after")
+    def adapter_is_used(self) -> SftRecipe:
+        refuse_unused_adapter(self.method, self.lora)
+        return self
+
     def resolved(self) -> SftRecipe:
         """A copy with the learning rate filled in."""
         rate = self.train.learning_rate or SFT_RATES[self.method]
@@ -102,6 +113,11 @@ class PreferenceRecipe(StageRecipe):
     lora: LoraSection = about("lora", LoraSection())
     data: PairData = about("data", PairData())
     train: PreferenceTrain = about("train", PreferenceTrain())
+
+    @model_validator(mode="after")
+    def adapter_is_used(self) -> Self:
+        refuse_unused_adapter(self.method, self.lora)
+        return self
 
     def _with_rate(self, rates: dict[str, float]) -> Self:
         rate = self.train.learning_rate or rates[self.method]

@@ -61,8 +61,7 @@ def shared_rows(a: str, b: str, settings: CompareSection, talk: Talk) -> TalkRow
     longest = min(open_config(where).max_position_embeddings for where in (a, b))
     length = row_length(settings.max_length, longest, "compare.max_length")
     data = SftData(train=settings.data, text_field=settings.text_field, overlong="truncate", packing=False)
-    rows = read_rows(settings.data, data, one, length, talk)
-    return rows
+    return read_rows(settings.data, data, one, length, talk, wanted=True)
 
 
 def held_together(

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.formats import Example
-from llmctl.data.shapes import Completion, Conversation, Text, Tools
+from llmctl.data.shapes import Completion, Conversation, Preference, Text, Tools
 from llmctl.errors import UserError
 from llmctl.tokenizer.render import Encoded, Message, PlainText, Rendered, Renderer, RenderError
 
@@ -121,9 +121,11 @@ class Encoder:
             elif isinstance(shape, Completion | Text):
                 yield self._written(sound(next(plain), place), place)
             else:
+                pair = isinstance(shape, Preference)
+                what = "a record of preferences" if pair else "an answer with a label"
                 raise UserError(
-                    f"{place}: a record of preferences (`{example.format}`), not of one answer",
-                    "use it with `llmctl reward` or `llmctl dpo`",
+                    f"{place}: {what} (`{example.format}`), not {'of one answer' if pair else 'one to learn'}",
+                    "use it with `llmctl reward` or `llmctl dpo`" if pair else "`llmctl score` reads these",
                 )
 
     def _talk(self, one: Encoded, shape: Conversation, place: str) -> Row:

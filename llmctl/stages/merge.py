@@ -11,10 +11,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.errors import CheckFailed, UserError
+from llmctl.files import read_json
 from llmctl.kernels.device import DTYPES, Compute, pick_compute
 from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM
-from llmctl.model.adapters import is_adapter
+from llmctl.model.adapters import ADAPTER_CONFIG, TASKS, is_adapter
 from llmctl.model.checkpoint import FILES, save_model
 from llmctl.model.open import base_dtype, open_base, open_folded, open_model
 from llmctl.recipe.load import dump_recipe
@@ -45,9 +46,13 @@ def run(recipe: MergeRecipe, talk: Talk) -> RunResult:
             f"{folder}: not an adapter, so there is nothing to merge",
             "name the folder of an `sft --lora` run",
         )
+    if read_json(folder / ADAPTER_CONFIG).get("task_type") == TASKS["reward"]:
+        raise UserError(
+            f"{folder}: an adapter of a reward model, which is not merged", "`llmctl score` reads it as it is"
+        )
     out = Path(recipe.out) if recipe.out else default_out(STAGE)
     check_out(out, resumable=False)
-    settings = recipe.compare.model_copy(update={"data": recipe.compare.data or _data_of(folder)})
+    settings = recipe.compare.model_copy(update={} if recipe.compare.data else _data_of(folder))
     recipe = recipe.model_copy(update={"compare": settings})
     compute = pick_compute(recipe.device, settings.dtype, "compare.dtype")
     tokenizer = load_tokenizer(str(folder))
@@ -63,6 +68,7 @@ def run(recipe: MergeRecipe, talk: Talk) -> RunResult:
         "tokenizer": fingerprint(tokenizer),
         "template": template_hash(tokenizer),
         "stop_ids": stop_ids(tokenizer),
+        "never_seen": (run_of(folder) or {}).get("never_seen", []),
     }
     with Run.start(STAGE, out, dump_recipe(recipe.model_copy(update={"out": None})), **fields) as opened:
         found: dict[str, Any] = {}
@@ -111,10 +117,10 @@ def _effect(
     return float(effect)
 
 
-def _data_of(folder: Path) -> list[str]:
-    """What the adapter was evaluated or trained on."""
+def _data_of(folder: Path) -> dict[str, Any]:
+    """What the adapter was evaluated or trained on, as fields of `compare`."""
     data = (run_of(folder) or {}).get("data", {})
     sources = (data.get("eval") or data.get("train") or {}).get("sources", [])
     if not sources:
         raise UserError(f"{folder}: says nothing of the data it was trained on", "name some with --data FILE")
-    return list(sources)
+    return {"data": list(sources), "text_field": data.get("text_field", "text")}

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.batches import Laid, labels_of, split_holdout
 from llmctl.data.document import Account
-from llmctl.data.formats import examples
+from llmctl.data.formats import Example, examples
 from llmctl.data.packing import Pieces, cut, pack, unpacked
+from llmctl.data.shapes import Conversation, Preference
 from llmctl.errors import UserError, one_of
 from llmctl.recipe.tune import SftData
 from llmctl.stages.encode import Encoder, Row
@@ -109,12 +110,19 @@ def talk_rows(
 
 
 def read_rows(
-    sources: list[str], data: SftData, tokenizer: PreTrainedTokenizerFast, max_length: int, talk: Talk
+    sources: list[str],
+    data: SftData,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    talk: Talk,
+    *,
+    wanted: bool = False,
 ) -> TalkRows:
-    """All records of some sources as rows; see `talk_rows`."""
+    """All records of some sources as rows; see `talk_rows`. `wanted` takes the chosen answers of preferences."""
     account = Account(noun="record")
+    read = examples(sources, data.text_field, account)
     encoder = Encoder(tokenizer, data.mask_prompt)
-    rows = list(encoder.rows(counted(examples(sources, data.text_field, account), talk)))
+    rows = list(encoder.rows(counted(map(_wanted, read) if wanted else read, talk)))
     # texts first: they are cut by another rule than conversations, and the order of rows is shuffled anyway
     rows.sort(key=lambda row: not row.is_text)
     ids, trained, doc_start = flat(rows)
@@ -136,6 +144,14 @@ def read_rows(
         talk.say(line)
     laid = Laid(ids, pieces, _rows(pieces, max_length, data.packing), trained)
     return TalkRows(laid, doc_start, places, account, dict(encoder.formats), max_length)
+
+
+def _wanted(example: Example) -> Example:
+    """A preference as the conversation it prefers; anything else as it is."""
+    shape = example.shape
+    if not isinstance(shape, Preference):
+        return example
+    return replace(example, shape=Conversation([*shape.prompt, *shape.chosen], shape.tools))
 
 
 def flat(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -166,10 +166,10 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _data_fields(recipe: SftRecipe, rows: TalkRows, held: TalkRows | None) -> dict[str, Any]:
-    fields = {"train": rows.manifest(recipe.data.train)}
+    fields: dict[str, Any] = {"train": rows.manifest(recipe.data.train)}
     if held is not None:
         fields["eval"] = held.manifest(recipe.data.eval or recipe.data.train)
-    return fields
+    return fields | {"text_field": recipe.data.text_field}
 
 
 def _plan(recipe: SftRecipe, base: Base, rows: TalkRows) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from llmctl.errors import UserError
 from llmctl.kernels.device import Compute, pick_compute
 from llmctl.model import LlmctlForCausalLM, LlmctlForSequenceClassification, recompute_activations
-from llmctl.model.adapters import add_lora, load_adapter_weights, narrow_frozen, save_adapter
+from llmctl.model.adapters import add_lora, is_adapter, load_adapter_weights, narrow_frozen, save_adapter
 from llmctl.model.checkpoint import load_weights, save_model
 from llmctl.model.classify import open_or_begin
 from llmctl.model.config import LlmctlConfig
@@ -45,6 +45,7 @@ class Base:
     Args:
         rows: entries of the vocabulary when trained; more than the base has if the template needs them.
         unseen: special tokens the template writes and the base was never trained on.
+        never_seen: those that no stage up to this one will have trained.
     """
 
     where: str
@@ -54,6 +55,7 @@ class Base:
     max_length: int
     rows: int
     unseen: tuple[int, ...]
+    never_seen: list[int]
 
     @property
     def stop_ids(self) -> list[int]:
@@ -72,6 +74,7 @@ class Base:
             "stop_ids": self.stop_ids,
             "vocab_size": self.rows,
             "trained_tokens": list(self.unseen),
+            "never_seen": self.never_seen,
         }
 
 
@@ -109,25 +112,32 @@ def prepare_base(
         talk.say(
             "padding and end token are the same; labels are masked by place, so ends are trained all the same"
         )
-    unseen = _unseen(where, tokenizer, choice.added)
+    if is_adapter(Path(where).expanduser()):
+        talk.say(
+            f"{where} is an adapter: it is folded into its base; other programs need it merged to open the result"
+        )
+    written, never = set(template_tokens(tokenizer)), _never_seen(where, tokenizer)
+    unseen = tuple(sorted(written & (never | set(choice.added))))
     if unseen:
         names = ", ".join(tokenizer.convert_ids_to_tokens(list(unseen)))
         talk.say(f"the base has never seen {names}: their embeddings are trained too")
     rows = max(config.vocab_size, highest_id(tokenizer) + 1)
     length = row_length(max_length, config.max_position_embeddings, "data.max_length")
-    return Base(where, config, tokenizer, compute, length, rows, unseen)
+    return Base(where, config, tokenizer, compute, length, rows, unseen, sorted(never - written))
 
 
-def _unseen(where: str, tokenizer: PreTrainedTokenizerFast, added: tuple[int, ...]) -> tuple[int, ...]:
-    """Template tokens the base was not trained on: added ones, and all but BOS and the end in a model of ours
-    that has only been pretrained, since text holds no others. Of other models nothing is known."""
-    made = run_of(Path(where))
-    if made is None or made.get("stage") != "pretrain":
-        return added
-    if any(parent["role"] == "model" for parent in made.get("parents", [])):
-        return added
-    seen = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    return tuple(token for token in template_tokens(tokenizer) if token not in seen)
+def _never_seen(where: str, tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Special tokens the base was not trained on, as far as it is a model of ours: of others nothing is known.
+
+    Pretraining sees BOS and the end, since text holds no other; every later stage writes down what is left.
+    """
+    made = run_of(Path(where)) or {}
+    if "never_seen" in made:
+        return set(made["never_seen"])
+    if made.get("stage") != "pretrain" or any(one["role"] == "model" for one in made.get("parents", [])):
+        return set()
+    special = {token for token, about in tokenizer.added_tokens_decoder.items() if about.special}
+    return special - {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
 
 
 @dataclass(frozen=True)
@@ -185,6 +195,8 @@ def tuned(
     )
     if method == "lora":
         narrow_frozen(inner, base.compute.dtype)
+    # PEFT had to know of the four bits; TRL would cast what is trained to bfloat16 for it
+    inner.is_loaded_in_4bit = False
     model.to(base.compute.device)
     return Tuned(
         model, inner, partial(_save_adapter, model, base.tokenizer), partial(load_adapter_weights, model)
@@ -200,9 +212,11 @@ def _opened(base: Base, task: str, seed: int) -> LlmctlForCausalLM | LlmctlForSe
         return scorer
     inner = open_folded(base.where, torch.float32)
     grow_vocabulary(inner, base.rows)
-    inner.generation_config = GenerationConfig(
+    theirs = inner.generation_config.eos_token_id
+    stops = [] if theirs is None else [theirs] if isinstance(theirs, int) else list(theirs)
+    inner.generation_config.update(
         bos_token_id=base.tokenizer.bos_token_id,
-        eos_token_id=base.stop_ids,
+        eos_token_id=list(dict.fromkeys([*base.stop_ids, *stops])),
         pad_token_id=pad_id_of(base.tokenizer),
     )
     return inner

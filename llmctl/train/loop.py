@@ -129,7 +129,7 @@ class _Training:
                     self._save()
                 if stop.is_set() and not self._is_over:
                     raise interrupted(self.job.folder, done, self.steps)
-        if self.patience.is_out:
+        if self.patience.is_out and self.progress.step < self.steps:
             self.talk.say(f"stopped at step {self.progress.step}: the evaluation loss no longer falls")
         self.last |= self.patience.end(self.job.load)
         return summary(self.progress, self.last)

@@ -5,6 +5,7 @@ Both follow from the evaluations in metrics.jsonl, so a resumed run decides as t
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,7 @@ class Patience:
     @property
     def best(self) -> dict[str, Any] | None:
         """The evaluation with the lowest loss, the first one among equals: `step` and its figures."""
-        return min(self._seen, key=lambda row: row["eval_loss"], default=None)
+        return min(self._seen, key=_loss, default=None)
 
     @property
     def is_out(self) -> bool:
@@ -65,3 +66,9 @@ def forget_best(run: Path) -> None:
     """Delete the best weights of a run that is done; until then a killed process may have to end it again."""
     for path in (run / BEST, *run.glob(f".tmp-{BEST}-*")):  # what a killed save left, too
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _loss(row: dict[str, Any]) -> float:
+    # what is no number is no better than anything
+    loss = float(row["eval_loss"])
+    return math.inf if math.isnan(loss) else loss

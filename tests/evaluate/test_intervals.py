@@ -20,7 +20,9 @@ def test_shares(right: int, of: int, low: float, high: float) -> None:
 
 def test_the_ends_of_a_share() -> None:
     assert share_interval(0, 5)[0] == 0.0 and share_interval(5, 5)[1] == 1.0
-    assert all(0 <= low < right / 7 < high <= 1 for right in range(1, 7) for low, high in [share_interval(right, 7)])
+    assert all(
+        0 <= low < right / 7 < high <= 1 for right in range(1, 7) for low, high in [share_interval(right, 7)]
+    )
     with pytest.raises(ValueError, match="a share of nothing"):
         share_interval(0, 0)
 

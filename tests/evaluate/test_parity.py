@@ -85,7 +85,10 @@ def test_the_figures_are_those_of_all_logits(
 
 def test_the_order_of_two_models_matters(models: tuple[LlmctlForCausalLM, LlmctlForCausalLM]) -> None:
     """KL(a, b) is what one pays, in nats, for taking b for a."""
-    there, back = parity(*models, batches(), FLOAT).figures(), parity(*models[::-1], batches(), FLOAT).figures()
+    there, back = (
+        parity(*models, batches(), FLOAT).figures(),
+        parity(*models[::-1], batches(), FLOAT).figures(),
+    )
     assert back["kl"] == pytest.approx(plainly(*models[::-1], batches())["kl"], rel=1e-4)
     assert there["kl"] != pytest.approx(back["kl"], rel=1e-3)
     assert there["perplexity_a"] == pytest.approx(back["perplexity_b"])

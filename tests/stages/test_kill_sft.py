@@ -34,7 +34,7 @@ RUN = [
 ]
 # the rate grows until it does harm, so the evaluation loss has a minimum inside the run
 STOPS = [*RUN, "train.max_steps=30", "train.learning_rate=1", "train.warmup_ratio=0.95"]
-LONG = [*RUN, f"train.max_steps={STEPS}", "train.sample_steps=1", "train.sample_tokens=40"]
+LONG = [*RUN, f"train.max_steps={STEPS}", "train.sample_steps=1", "train.sample_tokens=4"]
 FIGURES = ("loss", "eval_loss", "eval_perplexity", "best_step", "steps", "tokens")
 
 
@@ -47,6 +47,7 @@ def assert_same(run: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("method", ["--lora", "--qlora"])
 def test_killed_at_ten_random_moments(method: str, talking: Path, llmctl: Program) -> None:
     words = [*LONG, method, "train.early_stopping_patience=100"]

@@ -75,7 +75,9 @@ def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 # --- where it stops, and with what --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("limit", "stops", "best"), [(1, 8, 6), (2, 10, 6), (3, 12, 6), (4, 32, 24), (9, 40, 24)])
+@pytest.mark.parametrize(
+    ("limit", "stops", "best"), [(1, 8, 6), (2, 10, 6), (3, 12, 6), (4, 32, 24), (9, 40, 24)]
+)
 def test_it_stops_after_so_many_evaluations_without_a_lower_loss(tmp_path, limit, stops, best):
     made, seen = watched(tmp_path / "a", limit)
     talk = Said()
