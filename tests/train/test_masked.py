@@ -86,7 +86,7 @@ def test_accumulation_changes_nothing(model, packing):
     assert (len(one), len(eight)) == (1, size)
     same(gradients(model, one), gradients(model, eight))
     means = [float(causal_lm(model, batch, trained_tokens([batch])).detach()) for batch in eight]
-    assert abs(np.mean(means) - gradients(model, one)[0]) > 1e-3
+    assert abs(np.mean(means) - gradients(model, one)[0]) > 1e-4
 
 
 def test_packing_changes_nothing(model):
