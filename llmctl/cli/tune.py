@@ -110,8 +110,8 @@ def dpo(
 ) -> None:
     """Let MODEL prefer the chosen answers, from preferences.
 
-    By direct preference optimization (DPO); MODEL itself, as it is before training, is the reference. KEY=VALUE sets any field of the recipe;
-    `llmctl recipe show dpo` lists them.
+    By direct preference optimization (DPO); MODEL itself, as it is before training, is the reference.
+    KEY=VALUE sets any field of the recipe; `llmctl recipe show dpo` lists them.
     """
     from llmctl.recipe.tune import DpoRecipe
 
@@ -188,8 +188,8 @@ def compare(
     """Compare models A and B on the same data: odds and answers.
 
     Preferred tokens, divergence, perplexity, how often answers end, and the answers side by side. Exit code 3
-    if they are further apart than --min-top1 and --max-kl allow. KEY=VALUE sets any field of the
-    recipe; `llmctl recipe show compare` lists them.
+    if they are further apart than --min-top1 and --max-kl allow. KEY=VALUE sets any field of the recipe;
+    `llmctl recipe show compare` lists them.
     """
     from llmctl.recipe.load import load_recipe
     from llmctl.recipe.tune import CompareRecipe

@@ -191,7 +191,7 @@ def flip(model: Path) -> None:
     save_file(found, model / WEIGHTS, metadata={"format": "pt"})
 
 
-GONE = "put it back, or anywhere under runs/, where it is found by its content"
+GONE = "put it back; a run folder is found by its content anywhere under runs/"
 CHANGED = "put the base back, or train the adapter again on this one"
 
 

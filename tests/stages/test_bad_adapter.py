@@ -64,7 +64,7 @@ MODELS = {
     "an adapter without a base": Bad(
         "{command} adapter {rest}",
         "adapter: its base base is not there",
-        "put it back, or anywhere under runs/, where it is found by its content",
+        "put it back; a run folder is found by its content anywhere under runs/",
         no_base,
     ),
     "an adapter without weights": Bad(
@@ -120,7 +120,7 @@ PUT_BACK = "put it back, or start a new run with another --out"
     ("words", "error"),
     [
         ("lora.alpha=16", "out: lora.alpha was 32.0 when the run began, and is 16.0 now"),
-        ("--full", "out: method was 'lora' when the run began, and is 'full' now"),
+        ("--qlora", "out: method was 'lora' when the run began, and is 'qlora' now"),
         ("--seed 4", "out: train.seed was 0 when the run began, and is 4 now"),
         ("--template chatml", "out: data.template was 'auto' when the run began, and is 'chatml' now"),
         ("adapter", "out: base was 'base' when the run began, and is 'adapter' now"),

@@ -102,8 +102,8 @@ MERGE = {
     ),
     "an adapter of a reward model": Bad(
         "merge adapter --out out",
-        "adapter: holds an adapter of a reward model, not of a language model",
-        "`llmctl score` reads it; give a language model here",
+        "adapter: an adapter of a reward model, which is not merged",
+        "`llmctl score` reads it as it is",
         config("adapter", ADAPTER_CONFIG, task_type=TASKS["reward"]),
     ),
     "another kind of adapter": Bad(
@@ -142,6 +142,12 @@ MERGE = {
 COMPARE = {
     "one model": Bad(
         "compare base --data talks.jsonl",
+        "missing argument B",
+        f"two models are compared: {MODEL}",
+        code=2,
+    ),
+    "no models": Bad(
+        "compare --data talks.jsonl",
         "missing arguments A and B",
         f"two models are compared: {MODEL}",
         code=2,

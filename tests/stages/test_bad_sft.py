@@ -178,6 +178,11 @@ WORDS = {
         "command line: lora.target_modules: `[]` is neither all-linear nor a list of names",
         f"{EXPLAIN} lora.target_modules",
     ),
+    "an adapter for a method without one": Bad(
+        f"{NEW} --full",
+        "command line: `lora` belongs to method lora or qlora; `full` trains the weights themselves",
+        f"{EXPLAIN} every field",
+    ),
     "no rank": Bad(
         f"{NEW} lora.r=0",
         "command line: lora.r: should be greater than or equal to 1, not 0",

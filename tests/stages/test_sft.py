@@ -28,6 +28,7 @@ SIZES = (
     "intermediate_size",
     "max_position_embeddings",
 )
+WHOLE = ["--full", "lora.r=16"]  # the default again, because there is no adapter to set anything of
 ENDS = [2, 4]  # end of text, and the end of a turn
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
 RUN = {"run.json", "recipe.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "checkpoints"}
@@ -163,7 +164,7 @@ def test_qlora(talking: Path, llmctl: Program) -> None:
 
 def test_full(talking: Path, llmctl: Program) -> None:
     """A whole model that transformers opens, every weight of which has moved."""
-    did(llmctl(*TUNE, "--full", "--out", "out"))
+    did(llmctl(*TUNE, *WHOLE, "--out", "out"))
     out = talking / "out"
     assert {path.name for path in out.iterdir()} == {*RUN, *TOKENIZER, "config.json", WEIGHTS}
     config = json.loads((out / "config.json").read_text())
@@ -203,7 +204,8 @@ def foreign(folder: Path, base: Path, tied: bool) -> None:
 def test_new_tokens_make_room(method: str, tied: bool, talking: Path, llmctl: Program) -> None:
     """The template needs tokens the vocabulary lacks: they get rows, which are trained, saved and opened."""
     foreign(talking / "hf", talking / "base", tied)
-    words = ["sft", "hf", *TUNE[2:], method, "--eval-data", "talks.jsonl", "--out", "out"]
+    words = ["sft", "hf", *TUNE[2:], *([method] if method == "--lora" else WHOLE)]
+    words += ["--eval-data", "talks.jsonl", "--out", "out"]
     outcome = did(llmctl(*words, "--template", "chatml"))
     assert "the base has never seen <|im_start|>, <|im_end|>: their embeddings" in outcome.err
     found = read_manifest(talking / "out")
@@ -289,7 +291,7 @@ def test_tuning_again(talking: Path, llmctl: Program) -> None:
     after = json.loads(did(llmctl("eval", "two", "--answers", "--data", "talks.jsonl", "--json")).out)
     assert after["loss"] == pytest.approx(found["metrics"]["eval_loss"], rel=1e-5)
     assert did(llmctl("generate", "two", "Hi", "--chat", "--max-new-tokens", "3")).out
-    whole = did(llmctl("sft", "two", *words, "--full", "--out", "three"))
+    whole = did(llmctl("sft", "two", *words, *WHOLE, "--out", "three"))
     assert "(full)" in whole.err and not (talking / "three" / ADAPTER_WEIGHTS).exists()
     metrics = read_manifest(talking / "three")["metrics"]
     assert metrics["eval_loss"] == pytest.approx(before["loss"], abs=1e-3)

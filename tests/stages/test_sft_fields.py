@@ -130,7 +130,7 @@ def tokens(samples: list[dict[str, Any]], run: Path) -> int:
 ELSEWHERE: dict[str, tuple[Callable[[Path], object], object]] = {
     "lora.r=3": (lambda run: (settings(run)["r"], min(next(iter(load_file(run / ADAPTER_WEIGHTS).values())).shape)), (3, 2)),
     "lora.target_modules=[q_proj]": (lambda run: settings(run)["target_modules"], ["q_proj"]),
-    "method=full": (lambda run: (run / "model.safetensors").is_file(), True),
+    "method=full lora.r=16": (lambda run: (run / "model.safetensors").is_file(), True),
     "data.eval=[talks.jsonl] data.max_length=60": (
         lambda run: (manifest(run)["data"]["eval"]["account"]["read"], manifest(run)["data"]["train"]["account"]["read"]),
         (40, 40),
@@ -255,10 +255,10 @@ def untied(corpus: Path, tok: Path, tmp_path_factory: pytest.TempPathFactory) ->
     [
         "",
         "base={untied}",
-        "base={untied} method=full",
+        "base={untied} method=full lora.r=16",
         "base={untied} data.template=alpaca data.overlong=truncate",
         "method=qlora lora.target_modules=[q_proj,down_proj] lora.r=2",
-        "method=full train.max_steps=null train.num_train_epochs=0.6",
+        "method=full lora.r=16 train.max_steps=null train.num_train_epochs=0.6",
         "base=adapter data.packing=false data.max_length=50 data.overlong=drop",
         "data.eval=[talks.jsonl] train.gradient_accumulation_steps=3 train.max_steps=null train.num_train_epochs=1",
     ],
