@@ -174,7 +174,7 @@ def fold(model: PeftModel) -> LlmctlPreTrainedModel:
     folded = model.merge_and_unload(safe_merge=True)
     if isinstance(folded, LlmctlForCausalLM):
         folded.head_reads_as_matrix, folded.head_by_rows = False, None
-    return folded
+    return folded.requires_grad_(True)  # PEFT had frozen it
 
 
 def _mark(model: LlmctlPreTrainedModel) -> None:

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from llmctl.errors import UserError
 from llmctl.kernels.device import Compute, pick_compute
 from llmctl.model import LlmctlForCausalLM
-from llmctl.model.checkpoint import load_config, load_model, load_weights, new_model, save_model
+from llmctl.model.checkpoint import load_model, load_weights, new_model, save_model
 from llmctl.model.config import LlmctlConfig
 from llmctl.model.families import write_config
+from llmctl.model.open import open_config, open_folded
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.schema import GenerateSection, PretrainRecipe
@@ -124,7 +125,7 @@ def prepare(recipe: PretrainRecipe) -> Inputs:
     if source is None:
         raise UserError("no tokenizer", "name one with --tokenizer; `llmctl tokenizer train` makes it")
     # first, because a broken config.json would look like a broken tokenizer
-    spec = load_config(recipe.base).spec if recipe.base is not None else None
+    spec = open_config(recipe.base).spec if recipe.base is not None else None
     tokenizer = load_tokenizer(source)
     if spec is not None:
         refuse_mismatch(tokenizer, spec.vocab_size or 0, source)
@@ -142,7 +143,7 @@ def prepare(recipe: PretrainRecipe) -> Inputs:
 def build_model(recipe: PretrainRecipe, inputs: Inputs) -> LlmctlForCausalLM:
     """The model to train: float32 weights on the run's device, `base` or fresh from the seed."""
     if recipe.base is not None:
-        model = load_model(recipe.base, torch.float32)
+        model = open_folded(recipe.base, torch.float32)
     else:
         ids = token_ids(inputs.tokenizer, stop_ids(inputs.tokenizer))
         model = new_model(inputs.spec, recipe.train.seed, **ids)

@@ -173,6 +173,7 @@ def test_folding_keeps_the_logits(tied: bool, tokens: list[int] | None, tmp_path
     assert [type(module) for module in folded.modules()] == [type(module) for module in plain.modules()]
     assert (folded.lm_head.weight is folded.model.embed_tokens.weight) is tied
     assert not folded.head_reads_as_matrix
+    assert all(weight.requires_grad for weight in folded.parameters())
 
 
 def test_alpha_over_r_is_the_scale(tmp_path: Path) -> None:

@@ -297,6 +297,16 @@ def test_tuning_again(talking: Path, llmctl: Program) -> None:
     assert metrics["eval_loss"] == pytest.approx(before["loss"], abs=1e-3)
 
 
+def test_pretraining_goes_on_from_it(talking: Path, llmctl: Program) -> None:
+    """As from any model: the adapter is folded in, and all weights are trained."""
+    before = json.loads(did(llmctl("eval", "adapter", "--data", "data.jsonl", "--json")).out)
+    words = ["pretrain", "adapter", "--data", "data.jsonl", "--out", "on", "--dtype", "float32"]
+    words += ["--eval-data", "data.jsonl", "train.max_steps=1", "train.learning_rate=1e-9", "train.threads=1"]
+    did(llmctl(*words))
+    assert read_manifest(talking / "on")["metrics"]["eval_loss"] == pytest.approx(before["loss"], rel=1e-4)
+    assert (talking / "on" / WEIGHTS).is_file() and not (talking / "on" / ADAPTER_CONFIG).exists()
+
+
 def test_the_recipe_repeats_the_run(talking: Path, llmctl: Program) -> None:
     did(llmctl(*TUNE, "--out", "out", "lora.dropout=0.1"))
     did(llmctl("sft", "--recipe", "out/recipe.yaml", "--out", "again"))
