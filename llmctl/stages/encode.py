@@ -22,7 +22,7 @@ from llmctl.tokenizer.render import Encoded, Message, PlainText, Rendered, Rende
 
 T = TypeVar("T")
 BATCH = 512  # examples rendered and tokenized at a time
-COMPARED = 8  # rows of each kind for which the prompt is rendered as for inference and compared
+COMPARED = 8  # rows of each number of turns for which the prompt is encoded by itself and compared
 
 
 class Row(NamedTuple):
@@ -60,7 +60,7 @@ class Encoder:
     tokenizer: PreTrainedTokenizerFast
     mask_prompt: bool = True
     formats: Counter[str] = field(default_factory=Counter)
-    _seen: Counter[tuple[object, ...]] = field(default_factory=Counter)
+    _seen: Counter[tuple[int, bool]] = field(default_factory=Counter)
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -149,53 +149,44 @@ class Encoder:
 
     def check(self, one: Encoded, messages: list[Message], tools: Tools, place: str) -> None:
         """Raise UserError if training on this conversation would teach something else than it says."""
-        ids = one.ids
+        ids, spans = one
         if ids[:2] == self._two_bos:
             raise UserError(
                 f"{place}: the row begins with two BOS tokens", "take one of them out of the chat template"
             )
-        answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-        if not one.spans or any(start >= end for start, end in one.spans):
+        stops, roles = self.renderer.stop_ids, [message["role"] for message in messages]
+        if not spans or any(start >= end for start, end in spans):
             raise UserError(
                 f"{place}: no trained token in the row",
                 "the chat template leaves the answer out; choose another with --template",
             )
-        if len(one.spans) != len(answers):
+        if len(spans) != roles.count("assistant"):
             raise UserError(
-                f"{place}: the template marks {len(one.spans)} answers, the record has {len(answers)}",
+                f"{place}: the template marks {len(spans)} answers, the record has {roles.count('assistant')}",
                 "mend its {% generation %} marks, or choose another with --template",
             )
-        for _, end in one.spans:
-            self._check_end(ids, end, place)
-        self._compare_prompts(one, messages, tools, answers, place)
+        for _, end in spans:
+            if ids[end - 1] not in stops:
+                raise self._bad_end(ids, end, place)
+        kind = len(roles), tools is None
+        if self._seen[kind] < COMPARED:
+            self._seen[kind] += 1
+            self._compare_prompts(one, messages, tools, place)
 
-    def _check_end(self, ids: list[int], end: int, place: str) -> None:
-        last, stops = ids[end - 1], self.renderer.stop_ids
-        if last in stops:
-            return
-        if end < len(ids) and ids[end] in stops:
-            raise UserError(
+    def _bad_end(self, ids: list[int], end: int, place: str) -> UserError:
+        if end < len(ids) and ids[end] in self.renderer.stop_ids:
+            return UserError(
                 f"{place}: the end token {self._shown(ids[end])} after an answer is not trained",
                 "put it inside the template's {% generation %} marks",
             )
-        raise UserError(
-            f"{place}: an answer ends with {self._shown(last)}, which does not stop generation",
+        return UserError(
+            f"{place}: an answer ends with {self._shown(ids[end - 1])}, which does not stop generation",
             "the template must end an answer with a special token; choose another with --template",
         )
 
-    def _compare_prompts(
-        self,
-        one: Encoded,
-        messages: list[Message],
-        tools: Tools,
-        answers: list[int],
-        place: str,
-    ) -> None:
-        """The first rows of each kind: is the prompt what chat would send? Templates branch on roles and tools."""
-        kind = (tuple(message["role"] for message in messages), tools is not None)
-        self._seen[kind] += 1
-        if self._seen[kind] > COMPARED:
-            return
+    def _compare_prompts(self, one: Encoded, messages: list[Message], tools: Tools, place: str) -> None:
+        """Is the prompt what chat would send? Where an answer begins is found in a faster way than this one."""
+        answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         for (start, _), answer in zip(one.spans, answers, strict=True):
             try:
                 asked = self.renderer.prompt_ids(messages[:answer], tools)

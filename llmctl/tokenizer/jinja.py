@@ -17,6 +17,7 @@ from jinja2 import TemplateError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -44,7 +45,7 @@ class ChatTemplate:
     def __init__(self, source: str, names: Mapping[str, Any]) -> None:
         template = ENVIRONMENT.from_string(source)
         self.marked = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source))
-        self._root, self._context = template.root_render_func, template.new_context
+        self._root, self._blocks = template.root_render_func, template.blocks
         self._shared = {**template.globals, **names, "documents": None}
 
     def render(
@@ -58,8 +59,8 @@ class ChatTemplate:
         Raises one of `FAULTS`.
         """
         given = {"messages": messages, "tools": tools, "add_generation_prompt": generation}
-        # a shared context is what `Template.render` makes, without copying the globals every time
-        return "".join(self._root(self._context(self._shared | given, shared=True)))
+        # what `Template.render` does, without going through the globals every time
+        return "".join(self._root(Context(ENVIRONMENT, self._shared | given, None, self._blocks)))
 
 
 def parted(text: str) -> tuple[str, tuple[tuple[int, int], ...]]:

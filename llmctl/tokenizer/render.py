@@ -102,9 +102,9 @@ class Renderer:
         if guarded:
             messages, tools = self._guard.hidden(messages), self._guard.hidden(tools)
         self._refuse_lost_tools(messages, tools)
+        text, spans = self._text(messages, tools, guarded, generation)
         if generation:
-            return Rendered(self._text(messages, tools, guarded, generation=True)[0], (), guarded)
-        text, spans = self._text(messages, tools, guarded)
+            return Rendered(text, (), guarded)
         if not self._template(tools).marked:
             spans = self._incremental(messages, tools, text, guarded)
         elif not self._is_proven:
@@ -112,11 +112,12 @@ class Renderer:
         return Rendered(text, spans, guarded)
 
     def _template(self, tools: Tools) -> ChatTemplate:
-        with_tools = tools is not None
-        if with_tools not in self._templates:
+        found = self._templates.get(tools is not None)
+        if found is None:
             source = self.tokenizer.get_chat_template(tools=tools)
-            self._templates[with_tools] = ChatTemplate(source, self.tokenizer.special_tokens_map)
-        return self._templates[with_tools]
+            found = ChatTemplate(source, self.tokenizer.special_tokens_map)
+            self._templates[tools is not None] = found
+        return found
 
     def _text(
         self, messages: Sequence[Message], tools: Tools, guarded: bool, generation: bool = False
@@ -177,7 +178,7 @@ class Renderer:
         if tools and not self._keeps_tools(definitions=True):
             raise RenderError("the chat template does not write tools", TOOLS_HINT)
         for message in messages:
-            if message.get("tool_calls") and not self._keeps_tools(definitions=False):
+            if "tool_calls" in message and message["tool_calls"] and not self._keeps_tools(definitions=False):
                 raise RenderError("the chat template does not write tool calls", TOOLS_HINT)
 
     def _keeps_tools(self, definitions: bool) -> bool:

@@ -117,33 +117,35 @@ class Coder:
 
     def _encoded(self, ids: list[int], one: Rendered, tails: dict[str, _Tail]) -> Encoded | SpanError | None:
         """None if a tail is neither known nor among `tails`."""
-        text, places = one.text, []
-        found: dict[int, list[int]] = {}  # special token -> its places in ids
-        for bound in chain(*one.spans):
-            if bound == len(text):
+        text, spans, _ = one
+        known, length, places = self._known, len(text), []
+        at: dict[int, list[int]] = {}  # special token -> its places in ids
+        for bound in chain(*spans):
+            if bound == length:
                 places.append(len(ids))
                 continue
-            for known in self._known:
-                if text.endswith(known, 0, bound):
-                    token, number, wanted = self._known[known]
+            for key in known:
+                if text.endswith(key, 0, bound):
+                    token, number, wanted = known[key]
                     break
             else:
                 if not tails:
                     return None
                 token, number, wanted = tails[self._key(text, bound)]
-            at = 0
+            begin = 0
             if token:
-                if number not in found:
-                    found[number] = _places(ids, number)
-                if len(found[number]) != text.count(token):  # other text became this token, or it another one
+                if number not in at:
+                    at[number] = _places(ids, number)
+                if len(at[number]) == text.count(token):
+                    begin = at[number][-1 - text.count(token, bound)]
+                else:  # something else became this token, or it another one
                     wanted = self._ids([text[:bound]])[0]
-                else:
-                    at = found[number][text.count(token, 0, bound) - 1]
-            end = at + len(wanted)
-            if ids[at:end] != wanted:
+            end = begin + len(wanted)
+            if ids[begin:end] != wanted:
                 return SpanError(end=len(places) % 2 == 1)
             places.append(end)
-        return Encoded(ids, tuple(zip(places[::2], places[1::2], strict=True)))
+        pairs = iter(places)
+        return Encoded(ids, tuple(zip(pairs, pairs, strict=True)))
 
 
 def _places(ids: list[int], number: int) -> list[int]:

@@ -121,13 +121,24 @@ def test_shapes_may_be_mixed_and_stay_in_order():
 
 
 @pytest.mark.parametrize(
-    "shape", [Preference([], [assistant("a")], [assistant("b")]), Labelled([], [assistant("a")], True)]
+    ("shape", "message", "hint"),
+    [
+        (
+            Preference([], [assistant("a")], [assistant("b")]),
+            "a record of preferences (`x`), not of one answer",
+            "use it with `llmctl reward` or `llmctl dpo`",
+        ),
+        (
+            Labelled([], [assistant("a")], True),
+            "an answer with a label (`x`), not one to learn",
+            "`llmctl score` reads these",
+        ),
+    ],
 )
-def test_records_of_preferences_are_told_where_they_belong(shape):
+def test_records_of_another_kind_are_told_where_they_belong(shape, message, hint):
     with pytest.raises(UserError) as caught:
-        list(encoder("chatml").rows([example(Text("a")), example(shape, 9, "preference")]))
-    assert caught.value.message == "talks.jsonl:9: a record of preferences (`preference`), not of one answer"
-    assert caught.value.hint == "use it with `llmctl reward` or `llmctl dpo`"
+        list(encoder("chatml").rows([example(Text("a")), example(shape, 9, "x")]))
+    assert (caught.value.message, caught.value.hint) == (f"talks.jsonl:9: {message}", hint)
 
 
 # --- labels are places --------------------------------------------------------------------------------
