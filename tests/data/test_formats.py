@@ -72,8 +72,23 @@ def test_records_may_lack_optional_keys_and_have_them_in_any_order(tmp_path):
     assert [e.shape.messages[0]["content"] for e in read(path)[0]] == [Q, f"{Q}\n\nin"]
 
 
+def test_a_turn_that_is_not_to_be_trained_is_refused(tmp_path):
+    write(tmp_path, {"messages": [user(Q), {**assistant(A), "weight": 0}]}, name="a.jsonl")
+    with pytest.raises(UserError) as caught:
+        read(tmp_path)
+    assert caught.value.message.endswith("`messages[1]` has weight 0, but every assistant turn is trained")
+    assert caught.value.hint == "leave such records out"
+
+
+def test_an_empty_turn_in_a_history_drops_the_record(tmp_path):
+    record = {"instruction": Q, "output": A, "history": [[Q, A], [Q, " "]]}
+    write(tmp_path, record, {"instruction": Q, "output": A}, name="a.jsonl")
+    _, account = read(tmp_path)
+    assert (account.kept, account.counts) == (1, {"an empty assistant turn in its history": 1})
+
+
 def test_columns_that_are_not_read_are_said_once_a_file(tmp_path):
-    turn = {**assistant(A), "weight": 0, "extra": None}
+    turn = {**assistant(A), "weight": 1, "extra": None}
     a = write(
         tmp_path, *[{"messages": [user(Q), turn], "id": n, "source": "x"} for n in range(3)], name="a.jsonl"
     )
