@@ -3,6 +3,7 @@
     rows      `Encoder.rows`: render the template, tokenize, find the answers, check every row
     alone     `encode_batch_fast` on the same rendered texts, all at once, and nothing else
     ids       the same, and the ids taken out as lists, without which nothing can be done with them
+    batches   the ids, as many texts at a time as `rows` takes, which spares the memory of a whole data set
 
 Examples are read before the clock starts. Prints MB of rendered text a second by wall time and by CPU time of all
 threads, and the ratios within the rounds; on a machine with other work only the CPU time means something:
@@ -22,7 +23,7 @@ from timing import line, options, ratio, report, summary
 from llmctl.data.document import Account
 from llmctl.data.formats import Example, examples
 from llmctl.data.shapes import Conversation
-from llmctl.stages.encode import Encoder
+from llmctl.stages.encode import BATCH, Encoder
 from llmctl.tokenizer.choose import choose_template
 from llmctl.tokenizer.load import load_tokenizer
 
@@ -51,8 +52,13 @@ def sides_of(found: list[Example], where: str, template: str) -> tuple[Sides, in
         "rows": lambda: list(Encoder(tokenizer).rows(found)),
         "alone": lambda: backend.encode_batch_fast(texts, add_special_tokens=False),
         "ids": lambda: [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)],
+        "batches": lambda: [
+            one.ids
+            for at in range(0, len(texts), BATCH)
+            for one in backend.encode_batch_fast(texts[at : at + BATCH], add_special_tokens=False)
+        ],
     }
-    same = [row.ids for row in sides["rows"]()] == sides["ids"]()
+    same = [row.ids for row in Encoder(tokenizer).rows(found)] == sides["ids"]()
     print(
         f"{len(texts):,} rows, {sum(map(len, texts)):,} characters; ids are {'the same' if same else 'OTHERS'}"
     )
@@ -91,7 +97,7 @@ def main() -> None:
     for clock, by_side in found.items():
         for name, values in by_side.items():
             print(line(f"{clock}: {name}", summary(values), unit="MB/s"))
-        ratios = {f"rows/{name}": ratio(by_side["rows"], by_side[name]) for name in ("alone", "ids")}
+        ratios = {f"rows/{name}": ratio(by_side["rows"], by_side[name]) for name in sides if name != "rows"}
         for name, one in ratios.items():
             print(line(f"{clock}: {name}", one))
         result[clock] = {"MB_per_s": {name: summary(values) for name, values in by_side.items()}, **ratios}

@@ -5,6 +5,8 @@ The tables of templates and tokenizers are in talks.py.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -253,6 +255,18 @@ def test_settings_of_the_tokenizer_are_left_alone_and_do_nothing():
     finally:
         backend.no_truncation()
         backend.no_padding()
+
+
+def test_two_threads_do_not_see_each_others_settings():
+    """One reads special tokens as tokens, the other as text, by the same tokenizer."""
+    rendering = renderer("byte-level", "chatml")
+    spelled, backend = [Rendered("<s>a</s>" * 50, ())] * 50, rendering.tokenizer.backend_tokenizer
+    coders = [Coder(backend), Coder(backend, special=False)]
+    alone = [coder.ids(spelled) for coder in coders]
+    assert alone[0] != alone[1]
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(coder.ids, spelled) for _ in range(20) for coder in coders]
+        assert all(one.result() == alone[number % 2] for number, one in enumerate(found))
 
 
 def test_a_special_token_that_other_text_becomes_too_does_not_move_the_marks():
