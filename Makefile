@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-# timing.py is what the others share
-BENCHMARKS := $(sort $(filter-out benchmarks/timing.py,$(wildcard benchmarks/*.py)))
+# timing.py is what the others share; sft_vs_trl.py asks for a model and data
+BENCHMARKS := $(sort $(filter-out benchmarks/timing.py benchmarks/sft_vs_trl.py,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-slow lint format docs docs-check bench
@@ -20,7 +20,7 @@ help:
 	@echo "make format       mend style and formatting"
 	@echo "make docs         write docs/reference.md again from the recipes and the commands"
 	@echo "make docs-check   fail if docs/reference.md is out of date"
-	@echo "make bench        every script in benchmarks/"
+	@echo "make bench        every script in benchmarks/ that needs no model"
 
 # The stamp is newer than both files exactly when the environment was installed from them.
 $(READY): pyproject.toml constraints.txt

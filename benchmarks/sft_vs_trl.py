@@ -18,7 +18,8 @@ they are here: SFTTrainer fails on them where the head is tied.
 Every side is a process of its own that lasts over the rounds; each round begins with a fresh adapter, after two
 steps that do not count. Memory is the most that was resident while the steps ran. The precision is what each side
 picks by itself: `layers return` is what an adapted layer returned. `loss` is that of the first round, which must be
-about the same. Needs Linux, and a base whose vocabulary holds its template's tokens:
+about the same (llmctl averages it over tokens, SFTTrainer over steps). Needs Linux, and a base whose vocabulary
+holds its template's tokens:
 
     python benchmarks/sft_vs_trl.py --model runs/base --data alpaca.json --steps 16 --rounds 5
 """
@@ -227,8 +228,9 @@ def finished(laid: Laid) -> Any:
 # --- all of them ------------------------------------------------------------------------------------
 
 
-def work(name: str, given: Setting, asked: Connection) -> None:
+def work(name: str, asked: Connection) -> None:
     """A process of its own: runs as many steps as it is asked to, until it is asked for none."""
+    given = asked.recv()
     torch.set_num_threads(given.threads)
     while steps := asked.recv():
         torch.manual_seed(0)
@@ -242,9 +244,10 @@ class Side:
     def __init__(self, name: str, given: Setting) -> None:
         spawn = multiprocessing.get_context("spawn")
         self.asked, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=work, args=(name, given, theirs), daemon=True)
+        self.process = spawn.Process(target=work, args=(name, theirs), daemon=True)
         self.process.start()
         theirs.close()
+        self.asked.send(given)
         self.runs: list[Run] = []
 
     def speed(self, steps: int) -> float:
