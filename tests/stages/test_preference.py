@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from llmctl.errors import UserError
@@ -298,3 +299,12 @@ def test_above_counts_every_pair(wanted, unwanted, auc):
 def test_above_needs_both():
     with pytest.raises(ValueError, match="both kinds"):
         above([1.0], [])
+
+
+@KINDS
+def test_on_a_four_bit_base_what_is_trained_stays_float32(prefs, llmctl, kind):
+    """TRL would cast it to bfloat16, in which most small updates are lost."""
+    trained(llmctl, kind, "--qlora", "train.max_steps=2")
+    weights = load_file(prefs / "run" / "adapter_model.safetensors")
+    assert weights and {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert read_manifest(prefs / "run")["base_precision"] == "nf4"

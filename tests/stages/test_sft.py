@@ -21,6 +21,8 @@ from tests.program import Outcome, Program
 from tests.stages.bad_input import WEIGHTS, Bad, snapshot, told
 from tests.stages.conftest import FEW, RECORDS, TUNE, VOCABULARY
 
+CUT = "data.overlong=truncate"  # where a template is longer than the tiny context allows
+
 SIZES = (
     "hidden_size",
     "num_hidden_layers",
@@ -324,3 +326,19 @@ def test_resume_of_a_finished_run(talking: Path, llmctl: Program) -> None:
     other = llmctl("sft", "--out", "adapter", "--resume", "lora.r=5")
     message = "adapter: lora.r was 4 when the run began, and is 5 now"
     told(other, Bad("", message, "resume with the same recipe, or start a new run with another --out"))
+
+
+def test_tokens_no_stage_has_seen_are_trained_when_a_later_one_writes_them(talking, llmctl):
+    """The first run writes no turn tokens, so they are as new to the second as to the base."""
+    first = llmctl(
+        "sft", "base", "--data", "talks.jsonl", "--template", "alpaca", "--out", "first", *FEW, CUT
+    )
+    assert first.code == 0 and "never seen" not in first.err, first.err
+    second = llmctl(
+        "sft", "first", "--data", "talks.jsonl", "--template", "chatml", "--out", "second", *FEW, CUT
+    )
+    assert second.code == 0, second.err
+    assert "the base has never seen <|im_start|>, <|im_end|>" in second.err
+    assert "first is an adapter: it is folded into its base" in second.err
+    third = llmctl("sft", "second", "--data", "talks.jsonl", "--out", "third", *FEW, CUT)
+    assert third.code == 0 and "never seen" not in third.err, third.err
