@@ -24,7 +24,7 @@ def on(data: str) -> str:
     return f"pretrain --tokenizer tok --data {data} --out out {' '.join(SMALL + SHORT)}"
 
 
-KNOWN = "known are `.txt`, `.md`, `.rst`, `.py`, `.jsonl`, `.parquet`"
+KNOWN = "known are `.txt`, `.md`, `.rst`, `.py`, `.json`, `.jsonl`, `.csv`, `.parquet`"
 AGAIN = "copy or download it again"
 CONVERT = "convert it, as in `iconv -f ISO-8859-1 -t UTF-8`, or cut those bytes out"
 MIXED_UP = "say which field holds the text, as in data.text_field"

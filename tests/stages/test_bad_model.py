@@ -107,7 +107,8 @@ TOKENIZERS = {
     ),
     "unknown kind": Bad(
         "tokenizer train data.jsonl --kind byte-bp --out out",
-        "command line: kind: `byte-bp` is not one of `byte-bpe`",
+        "command line: kind: `byte-bp` is not one of `byte-bpe`, `bpe`, `wordpiece`, `unigram`, "
+        "`sentencepiece`, `word`, `char`",
         "did you mean `byte-bpe`?",
     ),
 }
@@ -210,8 +211,8 @@ MODELS: dict[str, tuple[Make, str, str]] = {
     ),
     "only an adapter": (
         damage(lambda m: ((m / WEIGHTS).unlink(), (m / "adapter_config.json").write_text("{}"))),
-        f"m: no {WEIGHTS}",
-        "this folder holds an adapter, not a model",
+        "m: the adapter does not say which model it belongs to",
+        "set base_model_name_or_path in its adapter_config.json",
     ),
     "truncated": (
         cut_short(20000),
