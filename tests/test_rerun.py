@@ -1,0 +1,246 @@
+"""docs/rerun.py on small pages of its own, and the walkthrough's figures against its text."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "docs" / "rerun.py"
+
+# Stands for llmctl: `make --out DIR NUMBER` writes a run, `say WORD…` prints, `fail N` ends with status N.
+FAKE = """
+import json, pathlib, sys
+verb, *words = sys.argv[1:]
+if verb == "make":
+    out = pathlib.Path(words[words.index("--out") + 1])
+    out.mkdir(parents=True)
+    score = float(words[-1])
+    (out / "run.json").write_text(json.dumps({"status": "done", "metrics": {"score": score}}))
+    pathlib.Path("made.txt").open("a").write(f"{out}\\n")
+elif verb == "say":
+    print(" ".join(words).replace(" / ", "\\n"))
+else:
+    sys.exit(int(words[0]))
+"""
+
+PAGE = """# Page
+
+Prose with `code`.
+
+## First part
+
+```console
+# a comment
+llmctl make --out runs/a \\
+    --fast 0.5
+llmctl say score 12.0 % / steps 1,024
+```
+
+The score of 0.5.
+
+<!-- check: runs/a score = 0.5 ± 0.01 -->
+<!-- check: stdout steps = 1,024 -->
+
+```yaml
+llmctl is: not a command
+```
+
+## Second part
+
+```console
+cat notes.txt | llmctl say
+```
+"""
+
+
+def script() -> ModuleType:
+    """docs/rerun.py, which is a script and no package."""
+    spec = importlib.util.spec_from_file_location("rerun", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["rerun"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+RERUN = script()
+
+
+def run(folder: Path, page: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """The script on a page, with the stand-in for llmctl, in folder/work."""
+    (folder / "page.md").write_text(page, encoding="utf-8")
+    (folder / "fake.py").write_text(FAKE, encoding="utf-8")
+    (folder / "data").mkdir(exist_ok=True)
+    (folder / "data" / "notes.txt").write_text("a note", encoding="utf-8")
+    command = [sys.executable, str(SCRIPT), "--page", "page.md", "--data", "data", "--work", "work"]
+    fake = ["--llmctl", f"{sys.executable} {folder / 'fake.py'}"]
+    return subprocess.run([*command, *fake, *words], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_parse() -> None:
+    steps = RERUN.parse(PAGE)
+    assert [(step.section, step.command, step.line) for step in steps] == [
+        ("First part", "llmctl make --out runs/a --fast 0.5", 9),
+        ("First part", "llmctl say score 12.0 % / steps 1,024", 11),
+        ("Second part", "cat notes.txt | llmctl say", 26),
+    ]
+    assert [len(step.checks) for step in steps] == [0, 2, 0]
+    first, second = steps[1].checks
+    assert (first.source, first.key, first.stated, first.spread) == ("runs/a", "score", "0.5", 0.01)
+    assert (second.source, second.key, second.stated, second.spread) == ("stdout", "steps", "1,024", None)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("<!-- check: runs/a score 0.5 -->", "line 5: not a check: <!-- check: runs/a score 0.5 -->"),
+        ("<!-- check: runs/a score = half -->", "line 5: not a check"),
+        ("<!-- check: runs/a score = 0.5 ± -->", "line 5: not a check"),
+        ("<!-- check runs/a score = 0.5 -->", "line 5: not a check"),
+        ("<!-- check: runs/a score = 0.5", "line 5: not a check"),
+        ("<!-- check: stdout = 0.5 -->", "line 5: no key of stdout"),
+        ("<!-- check: exit code = 3 -->", "line 5: exit has no keys"),
+        ("<!-- check: stdout score ≤ 0.5 ± 0.1 -->", "line 5: a spread around a bound"),
+        ("## Next\n<!-- check: exit = 3 -->", "line 6: a check without a command above it in its section"),
+    ],
+)
+def test_a_malformed_check_stops_before_any_command(tmp_path: Path, line: str, words: str) -> None:
+    page = f"## Part\n```console\nllmctl make --out runs/a 1\n```\n{line}\n"
+    ended = run(tmp_path, page)
+    assert ended.returncode == 1
+    assert f"error: {words}" in ended.stderr
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("printed", "key", "found"),
+    [
+        ('{"a": {"b": 2}}', "a.b", 2.0),
+        ('[{"x": 1}, {"x": 0.25}]', "1.x", 0.25),
+        ('[{"x": 1}]', "1.x", None),
+        ('{"a": "words"}', "a", None),
+        ('{"a": 1}', "b", None),
+        ("loss  1.5\nscore       0.9463\n", "score", 0.9463),
+        ("rows  1,024", "rows", 1024.0),
+        ("kl  2.5e-07", "kl", 2.5e-7),
+        ("right  94.6 %", "right", 0.946),
+        ("right  94.6%", "right", 0.946),
+        ("score_low  0.5", "score", None),
+        ("score", "score", None),
+        ("score  none", "score", None),
+        ("", "score", None),
+    ],
+)
+def test_figure(printed: str, key: str, found: float | None) -> None:
+    assert RERUN.figure(printed, key) == (None if found is None else pytest.approx(found))
+
+
+@pytest.mark.parametrize(
+    ("stated", "found", "ok"),
+    [
+        ("= 1.763 ± 0.02", 1.783, True),
+        ("= 1.763 ± 0.02", 1.7831, False),
+        ("= 1.763 ± 0.02", 1.7429, False),
+        ("= 1.76", 1.7649, True),
+        ("= 1.76", 1.7651, False),
+        ("= 1,024", 1024.0, True),
+        ("= 1,024", 1025.0, False),
+        ("= 94.6 % ± 1", 0.9555, True),
+        ("= 94.6 % ± 1", 0.957, False),
+        ("= -0.8 % ± 1", -0.01, True),
+        ("≤ 1e-5", 9e-6, True),
+        ("≤ 1e-5", 1.1e-5, False),
+        ("≥ 90 %", 0.9, True),
+        ("≥ 90 %", 0.899, False),
+        ("= 1 ± 5", None, False),
+        ("= 1 ± 5", float("nan"), False),
+    ],
+)
+def test_judge(stated: str, found: float | None, ok: bool) -> None:
+    check = RERUN.parse_check(f"<!-- check: stdout x {stated} -->", 1)
+    assert RERUN.judge(check, found).ok is ok
+
+
+def test_a_page_whose_figures_are_right(tmp_path: Path) -> None:
+    ended = run(tmp_path, PAGE)
+    assert ended.returncode == 0, ended.stderr
+    assert "ok   runs/a score = 0.5 ± 0.01, found 0.5\n" in ended.stdout
+    assert "ok   stdout steps = 1,024, found 1024\n" in ended.stdout
+    assert "3 commands in " in ended.stdout and "2 figures, 0 outside" in ended.stdout
+    report = json.loads((tmp_path / "work" / "rerun.json").read_text(encoding="utf-8"))
+    assert [entry["section"] for entry in report] == ["First part", "First part", "Second part"]
+    assert report[1]["checks"][0]["found"] == 0.5
+    assert report[0]["seconds"] > 0
+
+
+def test_a_figure_outside(tmp_path: Path) -> None:
+    ended = run(tmp_path, PAGE.replace("= 0.5 ±", "= 0.48 ±").replace("= 1,024 -->", "= 1,024 ± 1 -->"))
+    assert ended.returncode == 3
+    assert "NOT  runs/a score = 0.48 ± 0.01, found 0.5\n" in ended.stdout
+    assert "3 commands in " in ended.stdout and "2 figures, 1 outside" in ended.stdout
+
+
+def test_a_figure_that_is_not_there(tmp_path: Path) -> None:
+    ended = run(tmp_path, PAGE.replace("runs/a score", "runs/b score"))
+    assert ended.returncode == 3
+    assert "NOT  runs/b score = 0.5 ± 0.01, found missing\n" in ended.stdout
+
+
+def test_a_command_that_fails(tmp_path: Path) -> None:
+    page = PAGE.replace("llmctl say score", "llmctl fail 4 # say score")
+    ended = run(tmp_path, page)
+    assert ended.returncode == 1
+    assert "error: line 11: exit code 4: llmctl fail 4 # say score" in ended.stderr
+    assert "llmctl make --out runs/a" in ended.stdout and "cat notes.txt" not in ended.stdout
+    report = json.loads((tmp_path / "work" / "rerun.json").read_text(encoding="utf-8"))
+    assert [entry["line"] for entry in report] == [9]
+
+
+def test_a_status_that_the_page_states(tmp_path: Path) -> None:
+    page = "## Part\n```console\nllmctl fail 3\n```\n<!-- check: exit = 3 -->\n"
+    assert run(tmp_path, page).returncode == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    ended = run(other, page.replace("fail 3", "say yes"))
+    assert ended.returncode == 1
+    assert "error: line 3: exit code 0: llmctl say yes" in ended.stderr
+
+
+def test_keep_skips_what_is_done(tmp_path: Path) -> None:
+    assert run(tmp_path, PAGE).returncode == 0
+    refused = run(tmp_path, PAGE)
+    assert refused.returncode == 1
+    assert "error: work: not empty; choose another folder, or --keep what is there" in refused.stderr
+    ended = run(tmp_path, PAGE, "--keep")
+    assert ended.returncode == 0, ended.stderr
+    assert "kept  llmctl make --out runs/a" in ended.stdout
+    assert "kept  llmctl say" not in ended.stdout
+    assert (tmp_path / "work" / "made.txt").read_text(encoding="utf-8") == "runs/a\n"
+
+
+def test_keep_remembers_what_a_run_printed(tmp_path: Path) -> None:
+    page = "## Part\n```console\nllmctl make --out runs/a 1; llmctl say score 7\n```\n"
+    page += "<!-- check: stdout score = 7 -->\n"
+    assert run(tmp_path, page).returncode == 0
+    ended = run(tmp_path, page, "--keep")
+    assert ended.returncode == 0 and "kept  llmctl make" in ended.stdout
+
+
+def test_a_part(tmp_path: Path) -> None:
+    ended = run(tmp_path, PAGE, "--only", "second")
+    assert ended.returncode == 0 and "1 commands in " in ended.stdout and "runs/a" not in ended.stdout
+    steps = RERUN.parse(PAGE)
+    assert RERUN.chosen(steps, "first", None) == steps[:2]
+    assert RERUN.chosen(steps, None, "First") == steps
+    assert RERUN.chosen(steps, None, "second") == steps[2:]
+    for words, number in (("part", 2), ("third", 0)):
+        with pytest.raises(RERUN.PageError) as caught:
+            RERUN.chosen(steps, words, None)
+        there = f"'{words}' fits {number} sections; there are: First part, Second part"
+        assert str(caught.value) == there
