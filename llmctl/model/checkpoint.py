@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from llmctl.errors import UserError
-from llmctl.files import read_json
+from llmctl.files import read_json, write_json
+from llmctl.kernels.quantized import Quantized
 from llmctl.locate import locate
+from llmctl.model.compressed import Scheme, layers_in, read_layer, scheme_in, stored
 from llmctl.model.config import LlmctlConfig
 from llmctl.model.families import CARRIED, FAMILIES, config_in
 from llmctl.model.hf import LlmctlForCausalLM, LlmctlPreTrainedModel
 from llmctl.model.init import initialize
 from llmctl.model.keymap import Rule, load_one, to_core
+from llmctl.model.leaves import leaves, swap
+from llmctl.model.packed import PackedLinear
 from llmctl.recipe.model import ModelSection
+from llmctl.runs import run_of
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
 WEIGHTS = "model.safetensors"
@@ -34,6 +40,7 @@ KINDS = {
     "ForSequenceClassification": ("a reward model", "`llmctl score` reads it; give a language model here"),
 }
 M = TypeVar("M", bound=LlmctlPreTrainedModel)
+Quantization = Literal["refuse", "fast", "exact"]
 
 
 def new_model(spec: ModelSection, seed: int, **ids: Any) -> LlmctlForCausalLM:
@@ -54,12 +61,16 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     kind: type[M] = LlmctlForCausalLM,  # type: ignore[assignment]  # mypy knows no defaults of type variables
+    *,
+    quantized: Quantization = "refuse",
 ) -> M:
     """The model in a run folder, a Hugging Face folder or on the hub.
 
     Args:
-        dtype: of the weights; the checkpoint's own when None.
+        dtype: of the weights; the checkpoint's own when None. Quantized layers stay packed.
         kind: which of our classes it is: what stands on the backbone.
+        quantized: quantized layers are refused, since nothing can be trained on them or added to them, or
+            compute by their fastest path, or exactly as stored.
 
     Raises:
         UserError: no such folder or file, an unsupported architecture or another kind of model, a file
@@ -70,9 +81,12 @@ def load_model(
     config = config_in(folder)
     _refuse_other_kind(folder, config, kind)
     name = config.spec.family
+    scheme = _scheme(folder, quantized)
     model = _empty(config, kind)
     with ExitStack() as stack:
         tensors = _open_weights(folder, stack)
+        if scheme is not None:
+            tensors = _fill_packed(model, tensors, scheme, torch.device(device), quantized == "exact", folder)
         _fill(model, tensors, FAMILIES[name].rules if name in FAMILIES else (), dtype, device, folder)
     model.tie_weights()
     if model.can_generate():
@@ -106,9 +120,76 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
             logging.enable_progress_bar()
 
 
+def save_quantized(
+    model: LlmctlPreTrainedModel, matrices: Mapping[str, Quantized], scheme: Scheme, folder: Path
+) -> None:
+    """Write a model with some of its leaves quantized, into `folder`, in shards if it is large.
+
+    Args:
+        model: every other weight is written as it is.
+        matrices: leaf name -> what is stored in its place, all of one scheme.
+
+    Raises UserError if the model's family has tensors of another form than ours, which cannot be packed.
+    """
+    fields, rules = model.disk_form()
+    if rules:
+        raise UserError(
+            f"{fields['model_type']}: quantized checkpoints of this architecture are not written",
+            "supported are those whose tensors have Llama's names",
+        )
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    gone = tied | {f"{name}.weight" for name in matrices}
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in gone}
+    for name, matrix in matrices.items():
+        tensors |= stored(name, matrix)
+    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+    whole = [leaf.name for leaf in leaves(model) if leaf.name not in matrices]
+    write_json(folder / "config.json", fields | {"quantization_config": scheme.to_config(whole)})
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
 def _empty(config: LlmctlConfig, kind: type[M]) -> M:
     with torch.device("meta"):
         return kind(config)
+
+
+def _scheme(folder: Path, quantized: Quantization) -> Scheme | None:
+    scheme = scheme_in(read_json(folder / "config.json"), str(folder / "config.json"))
+    if scheme is not None and quantized == "refuse":
+        parents = (run_of(folder) or {}).get("parents", [])
+        origin = next((parent["path"] for parent in parents if parent["role"] == "model"), None)
+        raise UserError(
+            f"{folder}: the weights are quantized, and this needs whole ones",
+            f"use the model they were made from{f', {origin}' if origin else ''}",
+        )
+    return scheme
+
+
+def _fill_packed(
+    model: nn.Module,
+    tensors: dict[str, Any],
+    scheme: Scheme,
+    device: torch.device,
+    exact: bool,
+    folder: Path,
+) -> dict[str, Any]:
+    """Put the quantized layers of a checkpoint in their places; returns the tensors that are left."""
+    known = {leaf.name: leaf for leaf in leaves(model)}
+    used: set[str] = set()
+
+    def read(name: str) -> Tensor:
+        used.add(name)
+        return tensors[name].get_tensor(name)
+
+    for name in layers_in(tensors):
+        if name not in known:
+            continue  # told as unexpected, with the rest
+        leaf = known[name]
+        matrix = read_layer(name, leaf.shape, scheme, read, folder)
+        bias = leaf.module.bias
+        swap(model, name, PackedLinear(matrix, bias, device, exact))
+    return {name: file for name, file in tensors.items() if name not in used}
 
 
 def _refuse_other_kind(folder: Path, config: LlmctlConfig, kind: type[LlmctlPreTrainedModel]) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from llmctl.errors import UserError, one_of
 from llmctl.files import read_json
+from llmctl.model.compressed import scheme_in
 from llmctl.model.config import MODEL_TYPE, LlmctlConfig
 from llmctl.model.keymap import Rule
 from llmctl.model.positions import ROPE_TYPES
@@ -154,15 +155,11 @@ def read_config(raw: dict[str, Any], where: str) -> LlmctlConfig:
     """Our config from the contents of a `config.json`.
 
     Raises:
-        UserError: quantized weights, an architecture we have no row for (lists those we have), one whose
+        UserError: weights quantized in a way that is not read, an architecture we have no row for (lists those we have), one whose
             config uses something the row cannot express, or a value that makes no sense.
     """
-    if quantized := raw.get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise UserError(
-            f"{where}: the weights are quantized ({method}), and only full ones are read",
-            "use the model they were made from",
-        )
+    scheme_in(raw, where)  # weights in a format we cannot read are told first
+    raw = {key: value for key, value in raw.items() if key != "quantization_config"}
     name = raw.get("model_type")
     if name != MODEL_TYPE and name not in FAMILIES:
         shown = "no model_type" if name is None else f"unsupported architecture `{name}`"

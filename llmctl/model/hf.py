@@ -25,7 +25,7 @@ from llmctl.model import families
 from llmctl.model.config import LlmctlConfig
 from llmctl.model.context import Context, packed_context, padded_context, plain_context
 from llmctl.model.init import fill, role_of
-from llmctl.model.keymap import to_disk
+from llmctl.model.keymap import Rule, to_disk
 from llmctl.model.stack import Stack
 from llmctl.model.state import FixedPast, KeyValueState
 
@@ -79,17 +79,21 @@ class LlmctlPreTrainedModel(PreTrainedModel):
 
         Raises UserError if `config.family` names a family that cannot.
         """
-        name, fields = families.write_config(self.config)
-        if name in families.FAMILIES:
-            rules = families.FAMILIES[name].rules
+        fields, rules = self.disk_form()
+        if rules:
             state_dict = to_disk(state_dict if state_dict is not None else self.state_dict(), rules)
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         path = Path(save_directory) / "config.json"
         if path.is_file():  # an adapter is saved without a config
-            fields["dtype"] = str(self.dtype).removeprefix("torch.")
-            ours = type(self).__name__
-            theirs = families.FAMILIES[name].prefix if name in families.FAMILIES else "Llmctl"
-            write_json(path, fields | {"architectures": [ours.replace("Llmctl", theirs)]})
+            write_json(path, fields)
+
+    def disk_form(self) -> tuple[dict[str, Any], tuple[Rule, ...]]:
+        """What `config.json` says of this model, and how its tensors are named on disk."""
+        name, fields = families.write_config(self.config)
+        family = families.FAMILIES.get(name)
+        written = type(self).__name__.replace("Llmctl", family.prefix) if family else type(self).__name__
+        about = {"dtype": str(self.dtype).removeprefix("torch."), "architectures": [written]}
+        return fields | about, family.rules if family else ()
 
 
 class LlmctlModel(LlmctlPreTrainedModel, Stack):

@@ -39,3 +39,9 @@ def leaves(model: nn.Module) -> Iterator[Leaf]:
             # any part of the name: a pass may have put a module of its own around the head
             kind: LeafKind = "head" if not set(HEADS).isdisjoint(name.split(".")) else "linear"
             yield Leaf(name, module, kind, (module.out_features, module.in_features))
+
+
+def swap(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put another module in the place of the one with this dotted name."""
+    above, _, last = name.rpartition(".")
+    setattr(model.get_submodule(above), last, module)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmctl.errors import UserError
 from llmctl.model.hf import LlmctlPreTrainedModel
-from llmctl.model.leaves import leaves
+from llmctl.model.leaves import leaves, swap
 
 BLOCK = 64  # weights that share a scale
 
@@ -48,7 +48,7 @@ def quantize_nf4(model: LlmctlPreTrainedModel, compute: torch.dtype) -> None:
         new.support_avx512bf16_for_cpu = False
         if old.in_features % BLOCK:
             new.register_forward_pre_hook(_with_whole_blocks)
-        _replace(model, leaf.name, new)
+        swap(model, leaf.name, new)
     model.is_loaded_in_4bit = True  # how PEFT knows
 
 
@@ -78,11 +78,6 @@ def _whole_blocks(rows: Tensor) -> Tensor:
 
 def _with_whole_blocks(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (_whole_blocks(inputs[0]), *inputs[1:])
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    above, _, last = name.rpartition(".")
-    setattr(model.get_submodule(above), last, module)
 
 
 def _bitsandbytes() -> Any:

@@ -27,19 +27,24 @@ M = TypeVar("M", bound=LlmctlPreTrainedModel)
 
 
 def open_model(
-    where: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    where: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    exact: bool = False,
 ) -> LlmctlForCausalLM:
-    """The model, with its adapter computing on its leaves if `where` is an adapter.
+    """The model, to be used: with its adapter computing on its leaves if `where` is an adapter.
 
     Args:
         dtype: of the weights; when None the checkpoint's own, and float32 for an adapter.
+        exact: quantized layers multiply by what is stored, as other readers do, not by their fastest path.
 
     Raises UserError: as `load_model`; an adapter whose base is gone, has changed or does not fit it, or
     that is one of a reward model.
     """
     folder = locate(str(where), FILES)
     if not is_adapter(folder):
-        return load_model(folder, dtype, device)
+        return load_model(folder, dtype, device, quantized="exact" if exact else "fast")
     model = open_adapter(folder, dtype).get_base_model()
     return model.to(device=device, dtype=dtype) if dtype else model.to(device)
 
@@ -95,13 +100,12 @@ def open_config(where: str | Path) -> LlmctlConfig:
     return config
 
 
-def base_dtype(folder: Path) -> torch.dtype:
-    """The precision in which the base of an adapter is stored."""
-    where = base_of(folder)
-    inner = locate(where, FILES)
-    if is_adapter(inner):
-        return base_dtype(inner)
-    raw = read_json(inner / "config.json")
+def stored_dtype(where: str | Path) -> torch.dtype:
+    """The precision in which a model is stored, or the model an adapter belongs to."""
+    folder = locate(str(where), FILES)
+    if is_adapter(folder):
+        return stored_dtype(base_of(folder))
+    raw = read_json(folder / "config.json")
     named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     found = getattr(torch, named.removeprefix("torch."), None)
     return found if isinstance(found, torch.dtype) else torch.float32

@@ -17,7 +17,7 @@ from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.adapters import ADAPTER_CONFIG, TASKS, is_adapter
 from llmctl.model.checkpoint import FILES, save_model
-from llmctl.model.open import base_dtype, open_base, open_folded, open_model
+from llmctl.model.open import stored_dtype, open_base, open_folded, open_model
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.tune import MergeRecipe
 from llmctl.runs import Run, RunResult, check_out, default_out, run_of
@@ -90,7 +90,7 @@ def _write_and_prove(
 ) -> None:
     model = open_folded(folder, torch.float32)
     model.config.eos_token_id = model.generation_config.eos_token_id
-    save_model(model.to(DTYPES.get(recipe.dtype) or base_dtype(folder)), target)
+    save_model(model.to(DTYPES.get(recipe.dtype) or stored_dtype(folder)), target)
     tokenizer.save_pretrained(target)
     written = open_model(target, compute.dtype, compute.device)
     found |= held_together(adapted, written, rows, str(folder), recipe.compare, compute)

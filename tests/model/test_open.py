@@ -17,7 +17,7 @@ from llmctl.model.checkpoint import load_model, save_model
 from llmctl.model.hf import LlmctlForCausalLM
 from llmctl.model.nf4 import round_nf4
 from llmctl.model.open import (
-    base_dtype,
+    stored_dtype,
     base_of,
     open_base,
     open_config,
@@ -102,10 +102,10 @@ def test_precision(made: Path, tmp_path: Path) -> None:
     once = fold(attach(load_model("b", torch.float32), made)).to(torch.bfloat16)
     for (name, a), b in zip(folded.named_parameters(), once.parameters(), strict=True):
         assert a.dtype == torch.bfloat16 and torch.equal(a, b), name
-    assert base_dtype(made) == torch.float32
+    assert stored_dtype(made) == torch.float32
     save_model(load_model("b", torch.bfloat16), tmp_path / "half")
     run(made, Path("half"))
-    assert base_dtype(made) == torch.bfloat16
+    assert stored_dtype(made) == torch.bfloat16
     assert open_model("a").dtype == torch.float32
 
 
@@ -118,7 +118,7 @@ def test_adapters_on_adapters(made: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(open_model("two")), wanted)
     torch.testing.assert_close(logits(open_folded("two")), wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits(open_base(folder)), expected(), atol=1e-5, rtol=1e-5)
-    assert base_dtype(folder) == torch.float32
+    assert stored_dtype(folder) == torch.float32
     assert open_config("two").hidden_size == 16
     shutil.move("b", "elsewhere")
     with pytest.raises(UserError, match=r"^a: its base b is not there$"):

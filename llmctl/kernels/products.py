@@ -1,0 +1,152 @@
+"""Products with a quantized matrix: x [..., I] -> [..., O].
+
+Paths, one class each; `path_of` names the first that fits:
+
+    int8    fbgemm: each token is rounded to 8 bits too, and the products are of integers
+    int4    torch's weight-only operator, with tokens in bfloat16
+    exact   the matrix in the precision of x for the moment: the definition, on every device
+
+The first two are for the CPU. On any other device the last one runs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmctl.kernels.device import cpu_facts
+from llmctl.kernels.packing import pack_words, unpack_words
+from llmctl.kernels.quantized import Quantized
+
+INT4_GROUPS = (256, 128, 64, 32)  # inputs that share a scale, as the operator knows them
+INT4_OUTPUTS = 16  # its block of outputs
+TINY = 1e-30  # keeps a token of zeros from a division by zero
+
+
+class Product(Protocol):
+    """Something that multiplies by one quantized matrix."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O], in the dtype of `x`."""
+
+
+class ExactProduct:
+    """The definition: `Quantized.dequantize`, then an ordinary product. The matrix stays packed between calls."""
+
+    def __init__(self, matrix: Quantized, device: torch.device) -> None:
+        self.words = pack_words(matrix.codes, matrix.bits).to(device)
+        self.scale = matrix.scale.to(device)
+        self.zero = None if matrix.zero is None else matrix.zero.to(device)
+        self.bits, self.inputs = matrix.bits, matrix.codes.shape[1]
+
+    @staticmethod
+    def fits(matrix: Quantized, device: torch.device) -> bool:
+        """Always."""
+        return True
+
+    def matrix(self) -> Quantized:
+        """What it multiplies by."""
+        codes = unpack_words(self.words, self.bits, self.inputs)
+        return Quantized(codes, self.scale, self.zero, self.bits)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix().dequantize().to(x.dtype))
+
+
+class Int8Product:
+    """Dynamic quantization of the tokens (Jacob et al. 2018, arXiv:1712.05877), in fbgemm's kernel.
+
+    The kernel rounds all tokens of a call on one grid. Each is first scaled to a greatest value of 1, so
+    that what becomes of a token does not depend on its neighbours.
+    """
+
+    def __init__(self, matrix: Quantized, device: torch.device) -> None:
+        scale = matrix.scale.squeeze(1)
+        with warnings.catch_warnings():
+            # torch means to retire this kind of tensor; the kernel takes weights in no other
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+            whole = torch._make_per_channel_quantized_tensor(
+                matrix.codes, scale.double(), torch.zeros_like(scale, dtype=torch.long), 0
+            )
+        self.packed = torch.ops.quantized.linear_prepack(whole, None)
+
+    @staticmethod
+    def fits(matrix: Quantized, device: torch.device) -> bool:
+        """8 bits, one scale a row, no zeros, and a CPU that fbgemm knows."""
+        plain = matrix.bits == 8 and matrix.zero is None and matrix.scale.shape[1] == 1
+        return plain and device.type == "cpu" and torch.backends.quantized.engine in ("x86", "fbgemm")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        narrow = not _multiplies_bytes_exactly()
+        if x.numel() == x.shape[-1]:
+            return torch.ops.quantized.linear_dynamic(x.float(), self.packed, narrow).to(x.dtype)
+        flat = x.flatten(0, -2).float()
+        most = flat.abs().amax(-1, keepdim=True).clamp_min_(TINY)
+        out = torch.ops.quantized.linear_dynamic(flat / most, self.packed, narrow).mul_(most)
+        return out.unflatten(0, x.shape[:-1]).to(x.dtype)
+
+
+class Int4Product:
+    """Weights of 4 or 3 bits, tokens in bfloat16, sums in float32."""
+
+    def __init__(self, matrix: Quantized, device: torch.device) -> None:
+        group = _int4_group(matrix)
+        assert group is not None
+        self.group, self.inputs = group, matrix.codes.shape[1]
+        self.packed = torch._convert_weight_to_int4pack_for_cpu(matrix.codes.to(torch.int32) + 8, 2)
+        scale = matrix.scale.repeat_interleave(matrix.group // group, dim=1)
+        zero = torch.zeros_like(scale)
+        if matrix.zero is not None:
+            zero = -scale * matrix.zero.repeat_interleave(matrix.group // group, dim=1)
+        self.scale_and_zero = torch.stack((scale, zero), dim=-1).bfloat16().transpose(0, 1).contiguous()
+
+    @staticmethod
+    def fits(matrix: Quantized, device: torch.device) -> bool:
+        """At most 4 bits, in sizes that the operator's blocks divide, on a CPU."""
+        whole = matrix.codes.shape[0] % INT4_OUTPUTS == 0 and _int4_group(matrix) is not None
+        return matrix.bits <= 4 and device.type == "cpu" and whole
+
+    def __call__(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, -2).bfloat16()
+        out = torch._weight_int4pack_mm_for_cpu(flat, self.packed, self.group, self.scale_and_zero)
+        return out.unflatten(0, x.shape[:-1]).to(x.dtype)
+
+
+def _int4_group(matrix: Quantized) -> int | None:
+    """The operator's largest group that divides the matrix's own; None if there is none."""
+    return next((size for size in INT4_GROUPS if matrix.group % size == 0), None)
+
+
+@cache
+def _multiplies_bytes_exactly() -> bool:
+    """Without these instructions fbgemm sums pairs of byte products in 16 bits, so one of the two has to be narrower."""
+    flags = set(cpu_facts().get("flags", "").split())
+    return bool(flags & {"avx512_vnni", "avx_vnni"})
+
+
+PRODUCTS: dict[str, Callable[[Quantized, torch.device], Product]] = {
+    "int8": Int8Product,
+    "int4": Int4Product,
+    "exact": ExactProduct,
+}
+FITS: dict[str, Callable[[Quantized, torch.device], bool]] = {
+    "int8": Int8Product.fits,
+    "int4": Int4Product.fits,
+    "exact": ExactProduct.fits,
+}
+SAID = {
+    "int8": "fbgemm int8, each token rounded to 8 bits",
+    "int4": "torch int4, tokens in bfloat16",
+    "exact": "weights written out at each product",
+}
+
+
+def path_of(matrix: Quantized, device: torch.device) -> str:
+    """The name of the fastest path that fits; see `PRODUCTS`."""
+    return next(name for name, fits in FITS.items() if fits(matrix, device))
