@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, meta, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -81,11 +81,27 @@ def variables_of(source: str) -> set[str]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, as part of a sentence."""
+    """What an error says, as part of a sentence, and the line of the template it comes from if it comes from one."""
     lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    return lines[0][:1].lower() + lines[0][1:].rstrip(".")
+    said = lines[0][:1].lower() + lines[0][1:].rstrip(".") if lines else type(error).__name__
+    line = _line_of(error)
+    return said if line is None else f"{said} (line {line} of the template)"
+
+
+def _line_of(error: Exception) -> int | None:
+    if isinstance(error, TemplateSyntaxError):
+        return error.lineno
+    found, step = None, error.__traceback__
+    while step is not None:
+        # Jinja compiles to Python, and keeps beside it which line was made from which; where its own `render`
+        # was called, it has already put the template's lines into the traceback
+        names = step.tb_frame.f_globals
+        if "__jinja_template__" in names:
+            found = names["__jinja_template__"].get_corresponding_lineno(step.tb_lineno)
+        elif "__jinja_exception__" in names:
+            found = step.tb_lineno
+        step = step.tb_next
+    return found
 
 
 class _Marks(Extension):

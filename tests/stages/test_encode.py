@@ -331,11 +331,13 @@ def test_the_template_refuses_a_record():
         list(encoder("instruction").rows([example(Conversation([assistant("a")]), 3)]))
     assert caught.value.message == (
         "talks.jsonl:3: the chat template refuses it: roles must alternate: user, assistant, user, assistant"
+        " (line 3 of the template)"
     )
     with pytest.raises(UserError) as caught:
         list(encoder("alpaca").rows([example(Conversation([user("a"), tool("b"), assistant("c")]), 3)]))
     assert caught.value.message == (
         "talks.jsonl:3: the chat template refuses it: the alpaca template has no turn for the role tool"
+        " (line 1 of the template)"
     )
 
 

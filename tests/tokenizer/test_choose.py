@@ -253,6 +253,7 @@ def test_a_template_that_cannot_write_an_answer_is_told(tokenizer):
         Renderer(tokenizer)
     assert caught.value.message == (
         "the chat template cannot write a question and its answer: 'dict object' has no attribute 'nothing'"
+        " (line 1 of the template)"
     )
     assert caught.value.hint == "choose another one with --template"
 

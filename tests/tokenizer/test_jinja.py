@@ -131,5 +131,29 @@ def test_an_error_in_a_few_words():
     assert first_line(ValueError()) == "ValueError"
 
 
+LINES = "{% for m in messages %}\n{% if m.role == 'tool' %}\n\n{{ FAULT }}\n{% endif %}\n{% endfor %}\n"
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [("raise_exception('No tools.')", "no tools"), ("1 / 0", "division by zero")]
+)
+def test_an_error_names_the_line_of_the_template(fault, said):
+    talk, source = [user("a"), {"role": "tool", "content": "b"}], LINES.replace("FAULT", fault)
+    with pytest.raises(FAULTS) as ours:
+        ChatTemplate(source, {}).render(talk, None)
+    tokenizer = byte_level()
+    tokenizer.chat_template = source
+    with pytest.raises(FAULTS) as theirs:
+        tokenizer.apply_chat_template(talk, tokenize=False)
+    for caught in (ours, theirs):
+        assert first_line(caught.value) == f"{said} (line 4 of the template)"
+
+
+def test_an_error_of_syntax_names_its_line():
+    with pytest.raises(FAULTS) as caught:
+        ChatTemplate(LINES.replace("FAULT", "'unclosed"), {})
+    assert first_line(caught.value).endswith(" (line 4 of the template)")
+
+
 def test_the_tags_that_tests_take_out_are_all_there_are():
     assert all("generation %}" not in TAGS.sub("", text) for text in MARKED.values())

@@ -107,9 +107,9 @@ def test_many_texts_at_once_are_each_as_alone():
 def test_roles_that_must_alternate():
     with pytest.raises(RenderError) as caught:
         renderer("byte-level", "instruction").render([user("a"), user("b"), assistant("c")])
-    assert (
-        str(caught.value)
-        == "the chat template refuses it: roles must alternate: user, assistant, user, assistant"
+    assert str(caught.value) == (
+        "the chat template refuses it: roles must alternate: user, assistant, user, assistant"
+        " (line 3 of the template)"
     )
     assert caught.value.hint == "mend the record, or choose another template with --template"
 
