@@ -116,8 +116,8 @@ def generate(
     MODEL is a run folder, a Hugging Face folder or a hub id. The text goes to stdout as it comes. KEY=VALUE sets any field of the recipe;
     `llmctl recipe show generate` lists them.
     """
+    from llmctl.recipe.generate import GenerateRecipe
     from llmctl.recipe.load import load_recipe
-    from llmctl.recipe.schema import GenerateRecipe
 
     plain, overrides = split_words(words)
     if plain:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from llmctl.recipe.base import Section, StageRecipe, about
+from llmctl.recipe.chat import ChatRecipe
+from llmctl.recipe.generate import GenerateRecipe
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.train import Device, Dtype, Overlong, StepsSection
 from llmctl.recipe.tune import CompareRecipe, DpoRecipe, MergeRecipe, RewardRecipe, ScoreRecipe, SftRecipe
@@ -75,28 +77,6 @@ class PretrainRecipe(StageRecipe):
         return self
 
 
-class GenerateSection(Section):
-    """`generate.*`."""
-
-    max_new_tokens: int = about("generate.max_new_tokens", 128, ge=1)
-    temperature: float = about("generate.temperature", 0.8, ge=0)
-    top_k: int | None = about("generate.top_k", None, ge=1)
-    top_p: float = about("generate.top_p", 1.0, gt=0, le=1)
-    seed: int = about("generate.seed", 0, ge=0)
-    ignore_eos: bool = about("generate.ignore_eos", False)
-    chat: bool = about("generate.chat", False)
-    dtype: Dtype = about("generate.dtype", "auto")
-
-
-class GenerateRecipe(StageRecipe):
-    """`llmctl generate MODEL PROMPT`."""
-
-    stage: Literal["generate"] = about("stage", "generate")
-    device: Device = about("device", "auto")
-    base: str | None = about("base", None)
-    generate: GenerateSection = about("generate", GenerateSection())
-
-
 class EvalSection(Section):
     """`eval.*`."""
 
@@ -130,6 +110,7 @@ RECIPES: dict[str, type[StageRecipe]] = {
     "merge": MergeRecipe,
     "compare": CompareRecipe,
     "generate": GenerateRecipe,
+    "chat": ChatRecipe,
     "eval": EvalRecipe,
 }
 
@@ -143,6 +124,7 @@ AnyRecipe = Annotated[
     | MergeRecipe
     | CompareRecipe
     | GenerateRecipe
+    | ChatRecipe
     | EvalRecipe,
     Field(discriminator="stage"),
 ]

@@ -131,6 +131,9 @@ WORDS: dict[str, str] = {
     "generate.ignore_eos": "go on past the end token",
     "generate.chat": "render the prompt through the chat template",
     "generate.dtype": "precision of weights and compute; auto is the checkpoint's own, but float32 for float16 on a CPU",
+    # chat.*, which has what generate.* has
+    "chat": "how to answer in a conversation",
+    "chat.system": "system prompt: what the model is told before the conversation",
     # eval
     "eval": "what to measure",
     "eval.data": "files to score",
@@ -142,3 +145,7 @@ WORDS: dict[str, str] = {
     "eval.dtype": "precision of weights and compute",
     "eval.cache_dir": "folder for token shards, shared between runs",
 }
+
+# what a conversation shares with a single prompt has the same words
+SHARED = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos", "dtype")
+WORDS |= {f"chat.{name}": WORDS[f"generate.{name}"] for name in SHARED}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from llmctl.errors import UserError
 from llmctl.kernels.device import DTYPES, pick_device
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.open import open_config, open_model
-from llmctl.recipe.schema import GenerateRecipe, GenerateSection
+from llmctl.recipe.generate import GenerateRecipe, SamplingSection
 from llmctl.stages.text import refuse_mismatch, refuse_swapped_tokenizer
 from llmctl.talk import Talk
 from llmctl.tokenizer.load import load_tokenizer
@@ -37,21 +37,35 @@ def run(
     """
     assert recipe.base is not None
     settings = recipe.generate
-    open_config(recipe.base)  # a broken config.json would look like a broken tokenizer
-    tokenizer = load_tokenizer(recipe.base)
-    model = load_for_generation(recipe.base, recipe.device, settings.dtype)
-    refuse_mismatch(tokenizer, model.config.vocab_size, recipe.base)
-    refuse_swapped_tokenizer(tokenizer, recipe.base)
+    model, tokenizer = open_writer(recipe.base, recipe.device, settings.dtype, "generate.dtype")
     ids = prompt_ids(tokenizer, prompt, settings.chat, recipe.base)
     return continue_ids(model, tokenizer, ids, settings, talk, on_text)
 
 
-def load_for_generation(where: str, device: str, dtype: str) -> LlmctlForCausalLM:
+def open_writer(
+    where: str, device: str, dtype: str, field: str
+) -> tuple[LlmctlForCausalLM, PreTrainedTokenizerFast]:
+    """A model and its tokenizer, which fit each other.
+
+    Args:
+        field: what the recipe calls `dtype`.
+    """
+    open_config(where)  # a broken config.json would look like a broken tokenizer
+    tokenizer = load_tokenizer(where)
+    model = load_for_generation(where, device, dtype, field)
+    refuse_mismatch(tokenizer, model.config.vocab_size, where)
+    refuse_swapped_tokenizer(tokenizer, where)
+    return model, tokenizer
+
+
+def load_for_generation(
+    where: str, device: str, dtype: str, field: str = "generate.dtype"
+) -> LlmctlForCausalLM:
     """The model with weights in the asked precision; float16 weights become float32 on a CPU."""
     place = pick_device(device)
     if dtype == "float16" and place.type == "cpu":
         raise UserError(
-            "generate.dtype: float16 is far slower than float32 on a CPU", "use bfloat16, float32 or auto"
+            f"{field}: float16 is far slower than float32 on a CPU", "use bfloat16, float32 or auto"
         )
     model = open_model(where, DTYPES.get(dtype), place)
     return model.float() if place.type == "cpu" and model.dtype == torch.float16 else model
@@ -80,7 +94,7 @@ def continue_ids(
     model: LlmctlForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     ids: list[int],
-    settings: GenerateSection,
+    settings: SamplingSection,
     talk: Talk,
     on_text: Callable[[str], None] | None,
 ) -> dict[str, Any]:
@@ -95,25 +109,44 @@ def continue_ids(
     if wanted < settings.max_new_tokens:
         talk.say(f"the context ends after {wanted} new tokens")
     sample = sampler(settings.temperature, settings.top_k, settings.top_p, settings.seed)
-    stops = () if settings.ignore_eos else frozenset(_stops(model, tokenizer))
-    stream, tokens = TextStream(tokenizer, ids), []
+    stops = () if settings.ignore_eos else end_ids(model, tokenizer)
+    stream = TextStream(tokenizer, ids)
+    tokens, speed = written(generate(model, ids, wanted, sample, stops), stream, on_text)
+    return {"text": stream.text, "tokens": tokens, "tokens_per_second": speed}
+
+
+def written(
+    made: Iterator[int],
+    stream: TextStream,
+    on_text: Callable[[str], None] | None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> tuple[list[int], float]:
+    """The tokens that are made, and how many a second; their text is told as it is complete.
+
+    Args:
+        stopped: asked after every token whether this was the last one.
+    """
+    tokens: list[int] = []
     started = first = time.perf_counter()
-    for token in generate(model, ids, wanted, sample, stops):
+    for token in made:
         if not tokens:
             first = time.perf_counter()
         tokens.append(token)
         text = stream.add(token)
         if on_text is not None and text:
             on_text(text)
+        if stopped():
+            break
     ended, rest = time.perf_counter(), stream.rest()
     if on_text is not None and rest:
         on_text(rest)
     # the first token waits for the whole prompt; the speed is that of the ones after it
     spent, count = (ended - first, len(tokens) - 1) if len(tokens) > 1 else (ended - started, len(tokens))
-    return {"text": stream.text, "tokens": tokens, "tokens_per_second": round(count / max(spent, 1e-9), 1)}
+    return tokens, round(count / max(spent, 1e-9), 1)
 
 
-def _stops(model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def end_ids(model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """The tokens that end a text: those of the model, and those of the tokenizer and its template."""
     listed = model.generation_config.eos_token_id
     listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
-    return [*listed, *stop_ids(tokenizer)]
+    return frozenset([*listed, *stop_ids(tokenizer)])

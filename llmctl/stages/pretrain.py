@@ -19,7 +19,8 @@ from llmctl.model.families import write_config
 from llmctl.model.open import open_config, open_folded
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.model import ModelSection
-from llmctl.recipe.schema import GenerateSection, PretrainRecipe
+from llmctl.recipe.generate import GenerateSection
+from llmctl.recipe.schema import PretrainRecipe
 from llmctl.runs import Run, RunResult, check_out, default_out, finished_metrics
 from llmctl.stages.finish import install, write_report
 from llmctl.stages.generate import continue_ids, prompt_ids
