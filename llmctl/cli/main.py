@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from llmctl import __version__
-from llmctl.cli import data, doctor, recipe, runs, stages, tokenizer, tune
+from llmctl.cli import chat, data, doctor, quantize, recipe, runs, stages, tokenizer, tune
 from llmctl.cli.boundary import guard
 
 Command = Callable[..., None]
@@ -54,7 +54,9 @@ COMMANDS: dict[str, Command | None] = {
     "score": tune.score,
     "merge": tune.merge,
     "compare": tune.compare,
+    "quantize": quantize.quantize,
     "generate": stages.generate,
+    "chat": chat.chat,
     "eval": stages.evaluate,
     "runs": None,
     "recipe": None,

@@ -53,10 +53,10 @@ def sft(
     """
     from llmctl.recipe.tune import SftRecipe
 
-    checked = _checked(SftRecipe, ctx, "sft", words, recipe, resume)
+    settled = checked(SftRecipe, ctx, "sft", words, recipe, resume)
     from llmctl.stages import sft as stage
 
-    _show(stage.run(checked, make_talk(), resume=resume, dry_run=dry_run), as_json)
+    _show(stage.run(settled, make_talk(), resume=resume, dry_run=dry_run), as_json)
 
 
 def reward(
@@ -83,10 +83,10 @@ def reward(
     """
     from llmctl.recipe.tune import RewardRecipe
 
-    checked = _checked(RewardRecipe, ctx, "reward", words, recipe, resume)
+    settled = checked(RewardRecipe, ctx, "reward", words, recipe, resume)
     from llmctl.stages import reward as stage
 
-    _show(stage.run(checked, make_talk(), resume=resume), as_json)
+    _show(stage.run(settled, make_talk(), resume=resume), as_json)
 
 
 def dpo(
@@ -115,10 +115,10 @@ def dpo(
     """
     from llmctl.recipe.tune import DpoRecipe
 
-    checked = _checked(DpoRecipe, ctx, "dpo", words, recipe, resume)
+    settled = checked(DpoRecipe, ctx, "dpo", words, recipe, resume)
     from llmctl.stages import dpo as stage
 
-    _show(stage.run(checked, make_talk(), resume=resume), as_json)
+    _show(stage.run(settled, make_talk(), resume=resume), as_json)
 
 
 def score(
@@ -136,10 +136,10 @@ def score(
     """
     from llmctl.recipe.tune import ScoreRecipe
 
-    checked = _checked(ScoreRecipe, ctx, "score", words, recipe, False)
+    settled = checked(ScoreRecipe, ctx, "score", words, recipe, False)
     from llmctl.stages import score as stage
 
-    found = stage.run(checked, make_talk())
+    found = stage.run(settled, make_talk())
     if as_json:
         print_json(found)
         return
@@ -165,10 +165,10 @@ def merge(
     """
     from llmctl.recipe.tune import MergeRecipe
 
-    checked = _checked(MergeRecipe, ctx, "merge", words, recipe, False)
+    settled = checked(MergeRecipe, ctx, "merge", words, recipe, False)
     from llmctl.stages import merge as stage
 
-    result = stage.run(checked, make_talk())
+    result = stage.run(settled, make_talk())
     if as_json:
         print_json({"run": result.path, "metrics": result.metrics})
     else:
@@ -198,23 +198,23 @@ def compare(
     if len(plain) > 2:
         raise UsageError(f"unexpected argument: {plain[2]}", "two models are compared: A and B")
     named = dict(zip(("base", "other"), plain, strict=False))
-    checked = load_recipe(CompareRecipe, recipe, given(ctx, "compare") | named, overrides)
-    if checked.base is None or checked.other is None:
+    settled = load_recipe(CompareRecipe, recipe, given(ctx, "compare") | named, overrides)
+    if settled.base is None or settled.other is None:
         raise UsageError(
             "missing arguments A and B" if not plain else "missing argument B",
             f"two models are compared: {MODEL}",
         )
     from llmctl.stages import compare as stage
 
-    found = stage.run(checked, make_talk())
+    found = stage.run(settled, make_talk())
     if as_json:
         print_json(found)
     else:
         _show_comparison({name: value for name, value in found.items() if name != "failed"})
-    stage.refuse_drift(found["failed"], checked.base, checked.other)
+    stage.refuse_drift(found["failed"], settled.base, settled.other)
 
 
-def _checked(
+def checked(
     kind: Any, ctx: typer.Context, stage: str, words: list[str] | None, recipe: str | None, resume: bool
 ) -> Any:
     """The recipe of a command that takes one MODEL."""
@@ -226,12 +226,12 @@ def _checked(
     flags = given(ctx, stage) | {"base": one_model(plain), "method": _method(ctx)}
     if flags["method"] is None:
         del flags["method"]
-    checked = load_recipe(kind, recipe, flags, overrides)
-    if resume and checked.out is None:
+    found = load_recipe(kind, recipe, flags, overrides)
+    if resume and found.out is None:
         raise UsageError("--resume does not say which run to go on with", "name its folder with --out DIR")
-    if checked.base is None:
+    if found.base is None:
         raise UsageError("missing argument MODEL", MODEL)
-    return checked
+    return found
 
 
 def _method(ctx: typer.Context) -> str | None:
@@ -254,6 +254,11 @@ def _show(result: Any, as_json: bool) -> None:
 def _show_comparison(found: dict[str, Any]) -> None:
     answers = found.pop("answers", [])
     print_listing(found)
+    show_answers(answers)
+
+
+def show_answers(answers: list[dict[str, Any]]) -> None:
+    """What two models said to the same prompts, side by side; once where they said the same."""
     for number, one in enumerate(answers, 1):
         print(f"\nprompt {number}  {_short(one['prompt'])}")
         sides = {"a": one["a"]} if one["a"] == one["b"] else {"a": one["a"], "b": one["b"]}

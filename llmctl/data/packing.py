@@ -78,6 +78,11 @@ class Rows:
     def __getitem__(self, row: int) -> np.ndarray:
         return self.pieces[self.offsets[row] : self.offsets[row + 1]]
 
+    def first(self, count: int) -> Rows:
+        """The first `count` rows, or all if there are fewer."""
+        offsets = self.offsets[: count + 1]
+        return Rows(offsets, self.pieces[: offsets[-1]])
+
     def fill(self, lengths: np.ndarray, max_length: int) -> float:
         """Share of the places in all rows that hold a token."""
         return float(lengths[self.pieces].sum() / (len(self) * max_length)) if len(self) else 0.0

@@ -37,13 +37,18 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(~kept, -torch.inf)
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """Greedy decoding: logits [B, V] -> token ids [B]."""
+    return logits.argmax(-1)
+
+
 def sampler(heat: float, k: int | None, p: float, seed: int) -> Callable[[Tensor], Tensor]:
     """Logits [B, V] -> token ids [B]. A `heat` of 0 is greedy and ignores the rest.
 
     Draws on the CPU from a generator of its own, so a seed gives the same text on every device.
     """
     if heat == 0:
-        return lambda logits: logits.argmax(-1)
+        return likeliest
     filters: list[Filter] = [lambda logits: temperature(logits, heat)]
     if k is not None:
         filters.append(lambda logits: top_k(logits, k))

@@ -10,6 +10,7 @@ from llmctl.recipe.base import Section, StageRecipe, about
 from llmctl.recipe.chat import ChatRecipe
 from llmctl.recipe.generate import GenerateRecipe
 from llmctl.recipe.model import ModelSection
+from llmctl.recipe.quantize import QuantizeRecipe
 from llmctl.recipe.train import Device, Dtype, Overlong, StepsSection
 from llmctl.recipe.tune import CompareRecipe, DpoRecipe, MergeRecipe, RewardRecipe, ScoreRecipe, SftRecipe
 
@@ -109,6 +110,7 @@ RECIPES: dict[str, type[StageRecipe]] = {
     "score": ScoreRecipe,
     "merge": MergeRecipe,
     "compare": CompareRecipe,
+    "quantize": QuantizeRecipe,
     "generate": GenerateRecipe,
     "chat": ChatRecipe,
     "eval": EvalRecipe,
@@ -123,6 +125,7 @@ AnyRecipe = Annotated[
     | ScoreRecipe
     | MergeRecipe
     | CompareRecipe
+    | QuantizeRecipe
     | GenerateRecipe
     | ChatRecipe
     | EvalRecipe,

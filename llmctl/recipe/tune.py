@@ -164,8 +164,8 @@ class ScoreRecipe(StageRecipe):
     score: ScoreSection = about("score", ScoreSection())
 
 
-class CompareSection(Section):
-    """`compare.*`: how two models are held against each other, and how far apart they may be."""
+class CompareRows(Section):
+    """`compare.*`: what two models are held against each other on."""
 
     data: list[str] = about("compare.data", [])
     text_field: str = about("compare.text_field", "text")
@@ -174,6 +174,11 @@ class CompareSection(Section):
     batch_size: int = about("compare.batch_size", 8, ge=1)
     answers: int = about("compare.answers", 8, ge=0)
     max_new_tokens: int = about("compare.max_new_tokens", 64, ge=1)
+
+
+class CompareSection(CompareRows):
+    """`compare.*`: and how far apart they may be."""
+
     min_top1: float = about("compare.min_top1", 0.99, ge=0, le=1)
     max_kl: float = about("compare.max_kl", 0.01, ge=0)
     dtype: Dtype = about("compare.dtype", "float32")

@@ -8,14 +8,14 @@ from typing import Any
 
 from llmctl.data.batches import eval_batches
 from llmctl.engine.generate import generate
+from llmctl.engine.sampling import likeliest
 from llmctl.errors import CheckFailed, UserError
 from llmctl.evaluate.parity import parity
 from llmctl.kernels.device import Compute, pick_compute
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.open import open_config, open_model
-from llmctl.recipe.tune import CompareRecipe, CompareSection, SftData
+from llmctl.recipe.tune import CompareRecipe, CompareRows, SftData
 from llmctl.stages.rows import TalkRows, read_rows, require_data
-from llmctl.stages.sft import likeliest
 from llmctl.stages.text import pad_id_of, refuse_mismatch, refuse_swapped_tokenizer, row_length
 from llmctl.talk import Talk
 from llmctl.tokenizer.choose import OWN, choose_template
@@ -35,10 +35,10 @@ def run(recipe: CompareRecipe, talk: Talk) -> dict[str, Any]:
     rows = shared_rows(recipe.base, recipe.other, settings, talk)
     a, b = (open_model(where, compute.dtype, compute.device) for where in (recipe.base, recipe.other))
     found = held_together(a, b, rows, recipe.base, settings, compute)
-    return found | {"failed": out_of_bounds(found, settings)}
+    return found | {"failed": out_of_bounds(found, settings.min_top1, settings.max_kl)}
 
 
-def shared_rows(a: str, b: str, settings: CompareSection, talk: Talk) -> TalkRows:
+def shared_rows(a: str, b: str, settings: CompareRows, talk: Talk) -> TalkRows:
     """The data as rows for both models. Raises UserError if they would not read the same ids."""
     tokenizers = []
     for where in (a, b):
@@ -69,7 +69,7 @@ def held_together(
     b: LlmctlForCausalLM,
     rows: TalkRows,
     where: str,
-    settings: CompareSection,
+    settings: CompareRows,
     compute: Compute,
 ) -> dict[str, Any]:
     """Both models on the same rows and prompts; see `run`."""
@@ -104,14 +104,14 @@ def held_together(
     return found | {"answers": answers}
 
 
-def out_of_bounds(found: dict[str, Any], settings: CompareSection) -> list[str]:
+def out_of_bounds(found: dict[str, Any], min_top1: float, max_kl: float) -> list[str]:
     """What the bounds forbid, a sentence each; NaN is out of every bound."""
     failed = []
-    if not found["top1"] >= settings.min_top1:
-        failed.append(f"top-1 agreement {found['top1']:.4f} is below {settings.min_top1:g}")
-    if not found["kl"] <= settings.max_kl:
+    if not found["top1"] >= min_top1:
+        failed.append(f"top-1 agreement {found['top1']:.4f} is below {min_top1:g}")
+    if not found["kl"] <= max_kl:
         shown = "not a number" if math.isnan(found["kl"]) else f"{found['kl']:.4g}"
-        failed.append(f"divergence {shown} is above {settings.max_kl:g} nats per token")
+        failed.append(f"divergence {shown} is above {max_kl:g} nats per token")
     return failed
 
 

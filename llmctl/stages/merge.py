@@ -17,7 +17,7 @@ from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.adapters import ADAPTER_CONFIG, TASKS, is_adapter
 from llmctl.model.checkpoint import FILES, save_model
-from llmctl.model.open import stored_dtype, open_base, open_folded, open_model
+from llmctl.model.open import open_base, open_folded, open_model, stored_dtype
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.tune import MergeRecipe
 from llmctl.runs import Run, RunResult, check_out, default_out, run_of
@@ -94,7 +94,8 @@ def _write_and_prove(
     tokenizer.save_pretrained(target)
     written = open_model(target, compute.dtype, compute.device)
     found |= held_together(adapted, written, rows, str(folder), recipe.compare, compute)
-    refuse_drift(out_of_bounds(found, recipe.compare), folder, "the merged model")
+    bounds = recipe.compare
+    refuse_drift(out_of_bounds(found, bounds.min_top1, bounds.max_kl), folder, "the merged model")
 
 
 def _effect(

@@ -91,18 +91,24 @@ class TalkRows:
 
 
 def talk_rows(
-    data: SftData, tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int, talk: Talk
+    data: SftData,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    seed: int,
+    talk: Talk,
+    *,
+    wanted: bool = False,
 ) -> tuple[TalkRows, TalkRows | None]:
     """Training rows, and evaluation rows from `data.eval` or held out of the training records.
 
-    Says what was read, kept, dropped and cut.
+    Says what was read, kept, dropped and cut. `wanted` is for data that is only measured on; see `read_rows`.
 
     Raises UserError: as `examples` and `Encoder.rows`; no row is left; more than a tenth would be
     dropped for their length without `data.overlong` saying so.
     """
-    made = read_rows(data.train, data, tokenizer, max_length, talk)
+    made = read_rows(data.train, data, tokenizer, max_length, talk, wanted=wanted)
     if data.eval:
-        return made, read_rows(data.eval, data, tokenizer, max_length, talk)
+        return made, read_rows(data.eval, data, tokenizer, max_length, talk, wanted=wanted)
     kept, held = split_holdout(made.laid.pieces, data.eval_fraction, seed)
     kept = replace(kept, counts=made.laid.pieces.counts)
     lay = _layer(made, data.packing)
@@ -118,7 +124,12 @@ def read_rows(
     *,
     wanted: bool = False,
 ) -> TalkRows:
-    """All records of some sources as rows; see `talk_rows`. `wanted` takes the chosen answers of preferences."""
+    """All records of some sources as rows; see `talk_rows`.
+
+    Args:
+        wanted: for data that is only measured on: of preferences the chosen answers, and whole texts, split
+            into rows, whatever `data.overlong` says of conversations.
+    """
     account = Account(noun="record")
     read = examples(sources, data.text_field, account)
     encoder = Encoder(tokenizer, data.mask_prompt)
@@ -128,7 +139,8 @@ def read_rows(
     ids, trained, doc_start = flat(rows)
     places = [row.place for row in rows]
     texts = sum(row.is_text for row in rows)
-    found = _cut(doc_start, texts, data.overlong, max_length, places)
+    policies = ("split" if wanted else data.overlong, data.overlong)
+    found = _cut(doc_start, texts, policies, max_length, places)
     pieces = _useful(found, trained)
     lengths = np.diff(doc_start)
     for doc in np.setdiff1d(np.arange(len(places)), pieces.doc).tolist():
@@ -186,17 +198,21 @@ def counted(found: Iterable[Any], talk: Talk) -> Iterable[Any]:
 
 
 def _cut(
-    doc_start: np.ndarray, texts: int, overlong: str | None, max_length: int, places: list[str]
+    doc_start: np.ndarray,
+    texts: int,
+    policies: tuple[str | None, str | None],
+    max_length: int,
+    places: list[str],
 ) -> Pieces:
     """Texts are split unless told otherwise; a conversation in two is not the same, so those are dropped."""
     lengths = np.diff(doc_start)
-    if overlong is None:
+    if policies[1] is None:
         long = np.flatnonzero(lengths[texts:] > max_length) + texts
         refuse_many_dropped([places[doc] for doc in long], len(lengths) - texts, max_length)
     none = doc_start[:0]
     parts = [Pieces(none, none, none)]
-    for first, last, usual in ((0, texts, "split"), (texts, len(lengths), "drop")):
-        policy = overlong or usual
+    spans = ((0, texts, policies[0] or "split"), (texts, len(lengths), policies[1] or "drop"))
+    for first, last, policy in spans:
         if policy == "drop":
             fit = np.flatnonzero(lengths[first:last] <= max_length) + first
             parts.append(Pieces(doc_start[fit], lengths[fit], fit, {"documents": last - first}))

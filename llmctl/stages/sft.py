@@ -10,6 +10,7 @@ import torch
 
 from llmctl.data.batches import Batches, Laid, eval_batches
 from llmctl.engine.generate import generate
+from llmctl.engine.sampling import likeliest
 from llmctl.errors import UserError
 from llmctl.evaluate.perplexity import score
 from llmctl.kernels.cross_entropy import slice_tokens
@@ -159,10 +160,6 @@ def _answers(
     if found:
         talk.say(f"sample: {' '.join(found[0]['answer'].split()) or '(nothing)'}")
     return found
-
-
-def likeliest(logits: torch.Tensor) -> torch.Tensor:
-    return logits.argmax(-1)
 
 
 def _data_fields(recipe: SftRecipe, rows: TalkRows, held: TalkRows | None) -> dict[str, Any]:

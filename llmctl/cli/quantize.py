@@ -1,0 +1,77 @@
+"""The command that makes a model smaller, and its receipt."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from llmctl.cli.options import AsJson, RecipeFile, Words, flag
+from llmctl.cli.output import figure, print_json, print_listing, print_table, size
+from llmctl.cli.progress import make_talk
+from llmctl.cli.tune import checked, show_answers
+
+BEFORE_AFTER = (
+    ("weights", "size_bytes", size),
+    ("perplexity", "perplexity", figure),
+    ("tokens/s", "tokens_per_second", figure),
+    ("answers that end", "stop_rate", figure),
+)
+
+
+def quantize(
+    ctx: typer.Context,
+    words: Words = None,
+    method: Annotated[str | None, flag("quantize", "method", "int8|gptq")] = None,
+    bits: Annotated[int | None, flag("quantize", "bits", "8|4|3")] = None,
+    group_size: Annotated[str | None, flag("quantize", "group_size", "N|channel")] = None,
+    calibration: Annotated[list[str] | None, flag("quantize", "calibration", "PATH", many=True)] = None,
+    eval_data: Annotated[list[str] | None, flag("quantize", "eval_data", "PATH", many=True)] = None,
+    out: Annotated[str | None, flag("quantize", "out", "DIR")] = None,
+    recipe: RecipeFile = None,
+    device: Annotated[str | None, flag("quantize", "device", "NAME")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Store the weights of MODEL in a few bits, and measure what that costs.
+
+    The result is read back from disk and held against MODEL on data it was not quantized by: perplexity,
+    divergence, preferred tokens, speed. Exit code 3 if it is further away than compare.min_top1 and
+    compare.max_kl allow. An adapter is folded in first. KEY=VALUE sets any field of the recipe; `llmctl
+    recipe show quantize` lists them.
+    """
+    from llmctl.recipe.quantize import QuantizeRecipe
+
+    if group_size is not None:
+        ctx.params["group_size"] = _group_size(group_size)
+    recipe_checked = checked(QuantizeRecipe, ctx, "quantize", words, recipe, False)
+    from llmctl.stages import quantize as stage
+
+    result = stage.run(recipe_checked, make_talk())
+    if as_json:
+        print_json({"run": result.path, "metrics": result.metrics})
+    else:
+        print_receipt(str(result.path), dict(result.metrics))
+
+
+def _group_size(text: str) -> int | str:
+    if text.isascii() and text.isdigit():
+        return int(text)
+    return text  # `channel`, or what the recipe's check refuses by name
+
+
+def print_receipt(run: str, found: dict[str, Any]) -> None:
+    """Before and after as a table, the rest as a listing, then the answers of both."""
+    rows = []
+    for title, name, shown in BEFORE_AFTER:
+        before, after = (found.pop(key, None) for key in _keys(name))
+        if before is not None:
+            rows.append((title, shown(before), shown(after)))
+    print_table(("", "before", "after"), rows)
+    print()
+    answers, kept = found.pop("answers", []), found.pop("kept")
+    print_listing({"run": run, **found, "in full": ", ".join(kept) or "none"})
+    show_answers(answers)
+
+
+def _keys(name: str) -> tuple[str, str]:
+    return (f"{name}_a", f"{name}_b") if name == "stop_rate" else (f"{name}_before", name)

@@ -1,0 +1,34 @@
+"""How fast models decode, measured in turn so that what else the machine does meets all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from statistics import median
+
+from llmctl.engine.generate import generate
+from llmctl.engine.sampling import likeliest
+from llmctl.model import LlmctlForCausalLM
+
+ROUNDS = 3
+
+
+def decoding_speeds(models: Sequence[LlmctlForCausalLM], prompt_ids: list[int], tokens: int) -> list[float]:
+    """Tokens per second of each model, greedy, after the first token: the median of some rounds.
+
+    Args:
+        tokens: new tokens in a round, at least 2; with the prompt they must fit the models' contexts.
+    """
+    found: list[list[float]] = [[] for _ in models]
+    for _ in range(ROUNDS):
+        for model, speeds in zip(models, found, strict=True):
+            speeds.append(_decode(model, prompt_ids, tokens))
+    return [median(speeds) for speeds in found]
+
+
+def _decode(model: LlmctlForCausalLM, prompt_ids: list[int], tokens: int) -> float:
+    new = generate(model, prompt_ids, tokens, likeliest)
+    next(new)  # the prompt is read here
+    started = time.perf_counter()
+    count = sum(1 for _ in new)
+    return count / (time.perf_counter() - started)

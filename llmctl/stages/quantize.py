@@ -1,0 +1,239 @@
+"""`llmctl quantize`: weights in a few bits, with a receipt measured on what was written to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from llmctl.data.batches import eval_batches
+from llmctl.errors import UserError
+from llmctl.files import read_json, write_atomic
+from llmctl.kernels.device import pick_device
+from llmctl.kernels.quantized import Quantized
+from llmctl.locate import locate
+from llmctl.model import LlmctlForCausalLM, leaves
+from llmctl.model.adapters import is_adapter
+from llmctl.model.checkpoint import FILES, save_quantized
+from llmctl.model.compressed import Scheme, scheme_in
+from llmctl.model.open import open_folded, stored_dtype
+from llmctl.quantize.absmax import absmax
+from llmctl.quantize.calibrate import quantize_blocks
+from llmctl.quantize.gptq import Gptq
+from llmctl.recipe.load import dump_recipe
+from llmctl.recipe.quantize import QuantizeRecipe, QuantizeSection
+from llmctl.recipe.tune import SftData
+from llmctl.runs import Run, RunResult, check_out, default_out, run_of
+from llmctl.stages.compare import out_of_bounds, refuse_drift
+from llmctl.stages.finish import install
+from llmctl.stages.receipt import card, measured, sizes
+from llmctl.stages.rows import TalkRows, read_rows, talk_rows
+from llmctl.stages.text import pad_id_of, parent, refuse_mismatch, refuse_swapped_tokenizer, row_length
+from llmctl.talk import Talk
+from llmctl.tokenizer.choose import OWN, choose_template
+from llmctl.tokenizer.load import fingerprint, load_tokenizer
+from llmctl.tokenizer.template import stop_ids, template_hash
+
+STAGE = "quantize"
+HELD_OUT = 0.25  # of the calibration documents, to measure on where nothing else is named
+CALIBRATION_BATCH = 8  # rows in a forward pass; it bounds memory, not the result
+CARD = "README.md"
+
+
+def run(recipe: QuantizeRecipe, talk: Talk) -> RunResult:
+    """Quantize, write, read back and measure; the folder gets the model only if it is within the bounds.
+
+    Raises:
+        UserError: MODEL cannot be opened, is quantized already, or has no layer that can be; no data, or
+            too little of it; activations that are not finite.
+        CheckFailed: the quantized model is further from the original than `compare.*` allows.
+    """
+    assert recipe.base is not None
+    recipe = recipe.resolved()
+    folder = locate(recipe.base, FILES)
+    _refuse_quantized(folder)
+    out = Path(recipe.out) if recipe.out else default_out(STAGE)
+    check_out(out, resumable=False)
+    device = pick_device(recipe.device)
+    model = open_folded(folder, torch.float32, device)
+    tokenizer = _tokenizer(recipe.base, model, talk)
+    chosen = _chosen(model, recipe.quantize)
+    by, held = _rows(recipe, tokenizer, model.config.max_position_embeddings, talk)
+    if recipe.quantize.method == "gptq":
+        _refuse_short(model, by, recipe.quantize, chosen)
+    with Run.start(
+        STAGE,
+        out,
+        dump_recipe(recipe.model_copy(update={"out": None})),
+        **_manifest(recipe.base, folder, tokenizer, by, held, recipe),
+    ) as opened:
+        matrices = METHODS[recipe.quantize.method](model, by, recipe.quantize, pad_id_of(tokenizer), talk)
+        found: dict[str, Any] = {}
+        write = partial(_write_and_measure, folder, model, matrices, held, recipe, tokenizer, found)
+        install(write, out)
+        opened.finish({name: value for name, value in found.items() if name != "answers"})
+    return RunResult(out, found)
+
+
+def _refuse_quantized(folder: Path) -> None:
+    if not is_adapter(folder) and scheme_in(read_json(folder / "config.json"), str(folder / "config.json")):
+        raise UserError(
+            f"{folder}: is quantized already; rounding it again would only lose more",
+            "quantize the model it was made from",
+        )
+
+
+def _tokenizer(where: str, model: LlmctlForCausalLM, talk: Talk) -> PreTrainedTokenizerFast:
+    tokenizer = load_tokenizer(where)
+    refuse_swapped_tokenizer(tokenizer, where)
+    refuse_mismatch(tokenizer, model.config.vocab_size, where)
+    choice = choose_template(tokenizer, OWN)
+    if choice.said:
+        talk.say(choice.said)
+    return tokenizer
+
+
+def _chosen(model: LlmctlForCausalLM, settings: QuantizeSection) -> list[str]:
+    """The leaves that are quantized. Raises UserError if there is none, or a weight is not finite."""
+    inside = [leaf for leaf in leaves(model) if leaf.kind == "linear"]
+    for leaf in inside:
+        if not bool(leaf.module.weight.isfinite().all()):
+            raise UserError(
+                f"{leaf.name}: the weights are not finite", "`llmctl eval` the model; it cannot be any good"
+            )
+    chosen = [leaf.name for leaf in inside if leaf.shape[1] % (settings.group or 1) == 0]
+    if not chosen:
+        widths = sorted({leaf.shape[1] for leaf in inside})
+        shown = ", ".join(f"{width:,}" for width in widths)
+        how = "is larger than every layer" if (settings.group or 0) > widths[-1] else "divides no layer"
+        raise UserError(
+            f"quantize.group_size: {settings.group} {how} (inputs: {shown})",
+            "choose a smaller one, such as 32, or group_size=channel",
+        )
+    return chosen
+
+
+def _rows(
+    recipe: QuantizeRecipe, tokenizer: PreTrainedTokenizerFast, longest: int, talk: Talk
+) -> tuple[TalkRows | None, TalkRows]:
+    """Rows to quantize by, if any are named, and rows to measure on, disjoint from them."""
+    settings, receipt = recipe.quantize, recipe.compare
+    if settings.method == "gptq" and not settings.calibration:
+        raise UserError("gptq needs text to quantize by", "name some with --calibration FILE")
+    if not settings.calibration and not receipt.data:
+        raise UserError(
+            "no data to measure the receipt on", "name some with --eval-data FILE or --calibration FILE"
+        )
+    length = row_length(receipt.max_length, longest, "compare.max_length")
+    data = SftData(
+        train=settings.calibration,
+        eval=receipt.data,
+        eval_fraction=HELD_OUT,
+        text_field=receipt.text_field,
+        overlong="truncate",
+    )
+    if not settings.calibration:
+        return None, read_rows(receipt.data, data, tokenizer, length, talk, wanted=True)
+    by, held = talk_rows(data, tokenizer, length, 0, talk, wanted=True)
+    assert held is not None  # the fraction is not 0
+    return by, held
+
+
+def _refuse_short(
+    model: LlmctlForCausalLM, by: TalkRows | None, settings: QuantizeSection, chosen: list[str]
+) -> None:
+    """With fewer tokens than a layer has inputs there are directions in which GPTQ would know of no error."""
+    assert by is not None
+    widest = max(leaf.shape[1] for leaf in leaves(model) if leaf.name in chosen)
+    used = by.laid.rows.first(settings.calibration_rows)
+    tokens = int(by.laid.pieces.length[used.pieces].sum())
+    if tokens < widest:
+        raise UserError(
+            f"the calibration text has {tokens:,} tokens, but the widest layer has {widest:,} inputs",
+            "give more text; a hundred times as many tokens is usual",
+        )
+
+
+def _manifest(
+    where: str,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    by: TalkRows | None,
+    held: TalkRows,
+    recipe: QuantizeRecipe,
+) -> dict[str, Any]:
+    settings = recipe.quantize
+    data = {"eval": held.manifest(recipe.compare.data or settings.calibration)}
+    if by is not None:
+        data["train"] = by.manifest(settings.calibration)
+    return {
+        "device": recipe.device,
+        "parents": [parent("model", where)],
+        "data": data,
+        "tokenizer": fingerprint(tokenizer),
+        "template": template_hash(tokenizer),
+        "stop_ids": stop_ids(tokenizer),
+        "never_seen": (run_of(folder) or {}).get("never_seen", []),
+    }
+
+
+def _calibration(by: TalkRows, settings: QuantizeSection, pad: int) -> list[dict[str, torch.Tensor]]:
+    return list(
+        eval_batches(by.laid, batch_size=CALIBRATION_BATCH, pad_id=pad, max_rows=settings.calibration_rows)
+    )
+
+
+def _int8(
+    model: LlmctlForCausalLM, by: TalkRows | None, settings: QuantizeSection, pad: int, talk: Talk
+) -> dict[str, Quantized]:
+    assert settings.bits is not None
+    return {
+        leaf.name: absmax(leaf.module.weight.detach(), settings.bits, settings.group)
+        for leaf in leaves(model)
+        if leaf.kind == "linear"
+    }
+
+
+def _gptq(
+    model: LlmctlForCausalLM, by: TalkRows | None, settings: QuantizeSection, pad: int, talk: Talk
+) -> dict[str, Quantized]:
+    assert by is not None and settings.bits is not None
+    how = Gptq(settings.bits, settings.group, settings.symmetric, settings.act_order, settings.damping)
+    count = sum(leaf.kind == "linear" for leaf in leaves(model))
+    with talk.bar("quantizing", count, "layers") as bar:
+
+        def tell(name: str, figures: Mapping[str, float]) -> None:
+            bar.advance(1, error=f"{figures['error']:.2e}")
+
+        return quantize_blocks(model, _calibration(by, settings, pad), how, tell)
+
+
+def _write_and_measure(
+    folder: Path,
+    model: LlmctlForCausalLM,
+    matrices: Mapping[str, Quantized],
+    held: TalkRows,
+    recipe: QuantizeRecipe,
+    tokenizer: PreTrainedTokenizerFast,
+    found: dict[str, Any],
+    target: Path,
+) -> None:
+    settings = recipe.quantize
+    assert settings.bits is not None
+    scheme = Scheme(settings.bits, settings.group, settings.symmetric)
+    model.config.eos_token_id = model.generation_config.eos_token_id
+    save_quantized(model.to("cpu", stored_dtype(folder)), matrices, scheme, target)
+    tokenizer.save_pretrained(target)
+    bounds = recipe.compare
+    assert bounds.min_top1 is not None and bounds.max_kl is not None
+    found |= sizes(model, matrices, target) | measured(folder, target, held, recipe)
+    write_atomic(target / CARD, card(recipe, found))
+    refuse_drift(out_of_bounds(found, bounds.min_top1, bounds.max_kl), folder, "the quantized model")
+
+
+Quantizer = Callable[[LlmctlForCausalLM, TalkRows | None, QuantizeSection, int, Talk], dict[str, Quantized]]
+METHODS: dict[str, Quantizer] = {"int8": _int8, "gptq": _gptq}
