@@ -67,10 +67,15 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a whole file under a temporary name, fsync, rename. Readers see the old file or the new."""
+def write_atomic(
+    path: Path, data: bytes | str, elsewhere: str = "choose another folder with --out"
+) -> None:
+    """Write a whole file under a temporary name, fsync, rename. Readers see the old file or the new.
+
+    `elsewhere` is as in `disk_errors`.
+    """
     raw = data.encode() if isinstance(data, str) else data
-    with disk_errors(path):
+    with disk_errors(path, elsewhere):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}-")
         temporary = Path(name)
