@@ -52,9 +52,7 @@ class Stack:
             call: how to run a block, such as an activation-checkpointing function; None calls it.
             keep: if given, the input of every block and the final states are appended to it.
         """
-        ctx.rotary = POSITIONS[self.spec.position](self.spec, ctx.queries.position)
-        for layer in self.layers:
-            layer.self_attn.prepare(ctx)
+        self.prepare(ctx)
         for index, layer in enumerate(self.layers):
             state = states[index] if states is not None else None
             if keep is not None:
@@ -64,6 +62,12 @@ class Stack:
         if keep is not None:
             keep.append(x_BTE)
         return x_BTE
+
+    def prepare(self, ctx: Context) -> None:
+        """Put into `ctx` what the blocks look up in it; blocks can then be run one by one."""
+        ctx.rotary = POSITIONS[self.spec.position](self.spec, ctx.queries.position)
+        for layer in self.layers:
+            layer.self_attn.prepare(ctx)
 
     def init_states(self, batch: int, capacity: int) -> list[KeyValueState]:
         """Empty memory for every layer: `capacity` tokens in each of `batch` rows."""
