@@ -46,15 +46,16 @@ def quantize_blocks(
         Name of a leaf -> its codes, on the device of the model, in the order they were made.
 
     Raises:
-        UserError: a weight, or what a layer is given or gives, is not finite.
+        UserError: a weight, or what a layer is given or gives, is not finite; no damping makes a Hessian
+            positive definite.
         ValueError: no batches.
     """
     model.eval()
     text = _Text(model, batches)
     found: dict[str, Quantized] = {}
+    text.expect_finite("model.embed_tokens")
     blocks = set(model.model.layers)
     for name, block in [(name, module) for name, module in model.named_modules() if module in blocks]:
-        text.expect_finite(name, "its inputs")
         for group in text.groups(block, _leaves_in(model, block)):
             whole = [leaf for leaf in group if leaf.shape[1] % (settings.group or 1) == 0]
             if not whole:
@@ -65,7 +66,7 @@ def quantize_blocks(
                 if tell is not None:
                     tell(leaf.name, figures | {"tokens": text.tokens})
         text.advance(block)
-        text.expect_finite(name, "its outputs")
+        text.expect_finite(name)
     return found
 
 
@@ -155,10 +156,10 @@ class _Text:
             assert out is not None
             self._rows[index] = replace(rows, hidden=out.float().cpu())
 
-    def expect_finite(self, name: str, what: str) -> None:
-        """Raise UserError if the hidden states of a real token are not finite."""
+    def expect_finite(self, name: str) -> None:
+        """Raise UserError, naming the module that gave them, if hidden states of a real token are not finite."""
         if not all(rows.hidden[rows.real].isfinite().all() for rows in self._rows):
-            raise _not_finite(name, f"{what} on the calibration text are not finite")
+            raise _not_finite(name, "its outputs on the calibration text are not finite")
 
     def _run(self, block: nn.Module, rows: _Rows) -> Tensor | None:
         """What a block gives; None if a hook had seen enough before."""
