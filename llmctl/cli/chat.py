@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llmctl.recipe.chat import ChatRecipe
     from llmctl.stages.chat import Chat, Exchange
 
+Handler = Callable[[int, object], None]
 AsLines = Annotated[bool, typer.Option("--json", help="print one line of JSON for each answer")]
 
 
@@ -69,7 +70,7 @@ def converse(recipe: ChatRecipe, as_json: bool = False) -> None:
     to try again. Raises KeyboardInterrupt for Ctrl-C twice, or once where a pipe asks.
     """
     typed, notes = sys.stdin.isatty(), _Notes()
-    with _opening(str(recipe.base), shown=typed):
+    with _opening(str(recipe.base), typed):
         from llmctl.stages import chat as stage
 
         opened = stage.begin(recipe, notes)
@@ -193,31 +194,32 @@ def whisper(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _opening(where: str, shown: bool) -> Iterator[None]:
+def _opening(where: str, typed: bool) -> Iterator[None]:
     """While a model is opened: says so, if that can be taken away again, and lets Ctrl-C end the program.
 
     At once, because libraries that are being imported make other errors of a KeyboardInterrupt.
     """
-    drawn = shown and can_draw(sys.stderr)
+    drawn = typed and can_draw(sys.stderr)
 
-    def clear() -> None:
-        sys.stderr.write("\r\x1b[K" if drawn else "")
-        sys.stderr.flush()
-
-    def leave(number: int, frame: object) -> None:
-        clear()
+    def interrupt(number: int, frame: object) -> None:
+        ended()
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(EXIT_INTERRUPTED)
 
-    before = signal.signal(signal.SIGINT, leave)
+    def ended() -> None:
+        restore()
+        sys.stderr.write("\r\x1b[K" if drawn else "")
+        sys.stderr.flush()
+
+    restore = _silent(sys.stdin.fileno()) if typed else _nothing
     try:
-        if drawn:
-            sys.stderr.write(f"\x1b[2mopening {where} …\x1b[22m")
-            sys.stderr.flush()
-        yield
+        with _signals(interrupt, restore):
+            if drawn:
+                sys.stderr.write(f"\x1b[2mopening {where} …\x1b[22m")
+                sys.stderr.flush()
+            yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        clear()
+        ended()
 
 
 @contextlib.contextmanager
@@ -235,20 +237,28 @@ def stoppable(terminal: int) -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         pressed = True
 
-    def leave(number: int, frame: object) -> None:
+    restore = _silent(terminal)
+    try:
+        with _signals(note, restore):
+            yield lambda: pressed
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
+def _signals(on_interrupt: Handler, restore: Callable[[], None]) -> Iterator[None]:
+    """What Ctrl-C does; a request to end the process is met as ever, after the terminal is as it was."""
+
+    def end(number: int, frame: object) -> None:
         restore()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-    before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, note),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, leave),
-    }
-    restore = _silent(terminal)
+    handlers: dict[int, Handler] = {signal.SIGINT: on_interrupt, signal.SIGTERM: end}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield lambda: pressed
+        yield
     finally:
-        restore()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -258,9 +268,13 @@ def _silent(terminal: int) -> Callable[[], None]:
     try:
         import termios
     except ImportError:
-        return lambda: None
+        return _nothing
     before = termios.tcgetattr(terminal)
     silent = [*before]
     silent[3] &= ~termios.ECHO
     termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
     return lambda: termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+
+def _nothing() -> None:
+    return

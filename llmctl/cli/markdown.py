@@ -8,17 +8,23 @@ to put in its place.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import TextIO
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markdown import CodeBlock, Heading, Markdown
+from rich.markdown import CodeBlock, Heading, Markdown, Paragraph
 from rich.syntax import Syntax
+from rich.text import Text
 from rich.theme import Theme
 
+from llmctl.cli.output import cell_width
+
 WIDEST = 100  # columns; longer lines are hard to read
+OPENING = "（《「『【“‘([{"  # no line ends with one of these
+CLOSING = "，。、；：？！）》」』】”’,.;:?!)]}%"  # and none begins with one of these
 STYLE = re.compile(r"\x1b\[[0-9;]*m")
 # the terminal's own colours, without backgrounds: nobody knows whether it is dark or light
 CODE_THEME = "ansi_dark"
@@ -89,11 +95,61 @@ class Page:
         return [""] * self._begun + lines[seen[0] : seen[-1] + 1]
 
 
+def line_spans(text: str, width: int) -> list[tuple[int, int]]:
+    """[start, end) of the lines of a text, broken at spaces and between wide characters.
+
+    rich breaks at spaces only, which leaves holes in Chinese text and lets lines begin with a comma.
+    """
+    spans, start = [], 0
+    for part in text.split("\n"):
+        last = start + len(part)
+        while start < last or not part:
+            end, used = start, 0
+            while end < last and (used := used + cell_width(text[end])) <= width:
+                end += 1
+            if end < last:
+                end = max(end, start + 1)
+                places = range(end, start, -1)
+                end = next((at for at in places if _may_break(text[at - 1], text[at])), end)
+            spans.append((start, end))
+            start = end
+            while start < last and text[start] == " ":
+                start += 1
+            if start == last:
+                break
+        start = last + 1
+    return spans
+
+
+def _may_break(before: str, after: str) -> bool:
+    if after == " ":
+        return True
+    if after in CLOSING or before in OPENING:
+        return False
+    return before == " " or cell_width(before) == 2 or cell_width(after) == 2
+
+
+def _flowed(text: Text, width: int) -> Iterator[Text]:
+    """A text as lines that fit."""
+    for start, end in line_spans(text.plain, width):
+        line = text[start:end]
+        line.rstrip()
+        line.no_wrap, line.overflow = True, "ignore"
+        yield line
+
+
 class _Heading(Heading):
     """On the left, whatever its level."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self.text
+        yield from _flowed(self.text, options.max_width)
+
+
+class _Paragraph(Paragraph):
+    """Broken where Chinese may be broken too."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from _flowed(self.text, options.max_width)
 
 
 class _CodeBlock(CodeBlock):
@@ -109,6 +165,7 @@ class _Blocks(Markdown):
 
     elements = Markdown.elements | {
         "heading_open": _Heading,
+        "paragraph_open": _Paragraph,
         "fence": _CodeBlock,
         "code_block": _CodeBlock,
     }

@@ -52,8 +52,8 @@ def obey(line: str, chat: Chat, say: Say) -> None:
     name = ALIASES.get(word, word)
     if name not in COMMANDS:
         close = nearest(word, [*COMMANDS, *ALIASES])
-        hint = f"did you mean `/{close}`?" if close else "/help lists the commands"
-        raise UserError(f"`/{word}` is not a command", f"{hint}; to say it to the model, write `//{word}`")
+        hint = f"the nearest is `/{close}`" if close else "/help lists the commands"
+        raise UserError(f"`/{word}` is not a command", f"{hint}, and `//{word}` says it to the model")
     COMMANDS[name].run(chat, rest.strip(), say)
 
 

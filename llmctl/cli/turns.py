@@ -133,6 +133,8 @@ class Keyboard:
             readline.set_completer(self._complete)
             readline.set_completer_delims(" ")
             readline.parse_and_bind("tab: complete")
+            # several lines that are pasted are one turn
+            readline.parse_and_bind("set enable-bracketed-paste on")
 
     def read(self, more: bool) -> str | None:
         before = signal.signal(signal.SIGINT, self._interrupt)

@@ -63,9 +63,7 @@ def begin(recipe: ChatRecipe, talk: Talk) -> Chat:
     settings = recipe.chat
     model, tokenizer = open_writer(recipe.base, recipe.device, settings.dtype, "chat.dtype")
     if tokenizer.chat_template is None:
-        talk.say(
-            f"{recipe.base} has no chat template: the model goes on with each text, below all that came before"
-        )
+        talk.say(f"{recipe.base} has no chat template: each text is continued, below what came before")
         return Chat(model, tokenizer, _Plain(tokenizer, recipe.base), settings)
     return Chat(model, tokenizer, _Templated(tokenizer, recipe.base), settings)
 
