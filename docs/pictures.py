@@ -174,11 +174,16 @@ def coloured(line: list[tuple[str, str]]) -> str:
 
 
 def play(scene: Scene, work: Path, model: str | None) -> Screen:
-    """Run a scene in a pseudo-terminal. Raises TimeoutError if it does not end, with what is on the screen."""
-    command = scene.command.replace("{model}", shlex.quote(model or ""))
+    """Run a scene in a pseudo-terminal, with a model of one's own linked into runs/. Raises TimeoutError if it does not end, with what is on the screen."""
+    command = scene.command
+    if model is not None:
+        link = work / "runs" / Path(model).name
+        link.parent.mkdir(exist_ok=True)
+        if not link.exists():
+            link.symlink_to(Path(model).resolve())
+        command = command.replace("{model}", shlex.quote(f"runs/{link.name}"))
     screen = Screen(scene.columns)
-    shown = scene.command.replace("{model}", f"runs/{Path(model or '').name}")
-    screen.feed(f"\x1b[1;32m$\x1b[0m {shown}\r\n")
+    screen.feed(f"\x1b[1;32m$\x1b[0m {command}\r\n")
     child, terminal = pty.fork()
     if child == 0:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, scene.columns, 0, 0))
@@ -213,7 +218,7 @@ def converse(terminal: int, screen: Screen, scene: Scene) -> None:
             text = (rest + read).decode("utf-8", errors="ignore")
             rest = (rest + read)[len(text.encode()) :]
             screen.feed(text)
-        elif keys and screen.plain().rstrip().endswith(keys[0][0]):
+        elif keys and screen.plain().rstrip().endswith(keys[0][0].rstrip()):
             os.write(terminal, keys.pop(0)[1].encode())
     raise TimeoutError(f"the session did not end; the screen:\n{screen.plain()}")
 
@@ -281,8 +286,7 @@ def main() -> int:
     work = given.work or Path(tempfile.mkdtemp(prefix="pictures-"))
     work.mkdir(parents=True, exist_ok=True)
     for name in [given.name] if given.name else SCENES:
-        model = str(Path(given.model).resolve()) if given.model else None
-        screen = play(SCENES[name], work, model)
+        screen = play(SCENES[name], work, given.model)
         FIGURES.mkdir(exist_ok=True)
         target = FIGURES / f"{name}.svg"
         target.write_text(drawn(screen, name, SCENES[name].last_rows), encoding="utf-8")
@@ -291,6 +295,15 @@ def main() -> int:
 
 
 SCENES: dict[str, Scene] = {
+    "chat": Scene(
+        "llmctl chat {model}",
+        (
+            ("> ", "Where does Judy live?\r"),
+            ("> ", "Who is her best friend?\r"),
+            ("> ", "/params\r"),
+            ("> ", "\x04"),
+        ),
+    ),
     "inspect": Scene("llmctl data inspect builtin:tinyworld-instructions --model {model}"),
 }
 

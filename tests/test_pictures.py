@@ -82,8 +82,12 @@ def test_a_session(tmp_path: Path) -> None:
 
 
 def test_a_model_of_ones_own(tmp_path: Path) -> None:
-    screen = PICTURES.play(PICTURES.Scene("echo {model}"), tmp_path, "/some where/model")
-    assert screen.plain().splitlines() == ["$ echo runs/model", "/some where/model"]
+    """It lies under runs/ for the session, so that no path of the machine gets into the picture."""
+    model = tmp_path / "else where" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}", encoding="utf-8")
+    screen = PICTURES.play(PICTURES.Scene("ls {model}"), tmp_path, str(model))
+    assert screen.plain().splitlines() == ["$ ls runs/model", "config.json"]
 
 
 def test_a_session_that_does_not_end(tmp_path: Path) -> None:
