@@ -19,7 +19,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last axis, in the dtype of `x` (sums in float32)."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or is_compiling():
         return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
-    return _RMSNorm.apply(x.float(), weight.float(), eps).to(x.dtype)
+    # autograd's bookkeeping takes longer than the norm of one token
+    normed = _RMSNorm.apply if torch.is_grad_enabled() else _normed
+    return normed(x.float(), weight.float(), eps).to(x.dtype)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -32,7 +34,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     The tables broadcast over the leading axes. The result is float32, or float64 for such input.
     """
-    return rotate_reference(x, cos, sin) if is_compiling() else _Rotate.apply(x, cos, sin)
+    if is_compiling():
+        return rotate_reference(x, cos, sin)
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin, 1.0)
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -41,11 +45,19 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
 
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return (x * _inverse_norm(x, eps)).mul_(weight)
+
+
+def _inverse_norm(x: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        inverse = _inverse_norm(x, eps)
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).mul_(weight)
 

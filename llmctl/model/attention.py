@@ -13,17 +13,20 @@ from torch import Tensor, nn
 from llmctl.kernels.attention import attend
 from llmctl.kernels.rowwise import rotate
 from llmctl.model.context import Context
+from llmctl.model.joined import Joinable
 from llmctl.model.norms import NORMS
 from llmctl.model.patterns import PATTERNS
 from llmctl.model.state import DenseState, KeyValueState
 from llmctl.recipe.model import ModelSection
 
 
-class GroupedQueryAttention(nn.Module):
+class GroupedQueryAttention(Joinable):
     """Queries in H heads, keys and values in G (Ainslie et al. 2023, arXiv:2305.13245).
 
     G = H is multi-head attention (Vaswani et al. 2017), G = 1 multi-query (Shazeer 2019).
     """
+
+    projections = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, model: ModelSection, layer: int) -> None:
         super().__init__()
@@ -45,7 +48,7 @@ class GroupedQueryAttention(nn.Module):
             self.k_norm = norm(model.head_dim, model.rms_norm_eps)
 
     def forward(self, x_BTE: Tensor, ctx: Context, state: KeyValueState | None) -> Tensor:
-        q, k, v = (self._heads(proj(x_BTE)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = map(self._heads, self.projected(x_BTE))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if ctx.rotary is not None:

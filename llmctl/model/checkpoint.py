@@ -25,7 +25,7 @@ from llmctl.model.hf import LlmctlForCausalLM, LlmctlPreTrainedModel
 from llmctl.model.init import initialize
 from llmctl.model.keymap import Rule, load_one, to_core
 from llmctl.model.leaves import leaves, swap
-from llmctl.model.packed import PackedLinear
+from llmctl.model.packed import PackedLinear, settle
 from llmctl.recipe.model import ModelSection
 from llmctl.runs import run_of
 
@@ -86,9 +86,10 @@ def load_model(
     with ExitStack() as stack:
         tensors = _open_weights(folder, stack)
         if scheme is not None:
-            tensors = _fill_packed(model, tensors, scheme, torch.device(device), quantized == "exact", folder)
+            tensors = _fill_packed(model, tensors, scheme, folder)
         _fill(model, tensors, FAMILIES[name].rules if name in FAMILIES else (), dtype, device, folder)
     model.tie_weights()
+    settle(model, torch.device(device), exact=quantized == "exact")
     if model.can_generate():
         model.generation_config = _generation_config(folder, config)
     return model.eval()
@@ -166,14 +167,7 @@ def _scheme(folder: Path, quantized: Quantization) -> Scheme | None:
     return scheme
 
 
-def _fill_packed(
-    model: nn.Module,
-    tensors: dict[str, Any],
-    scheme: Scheme,
-    device: torch.device,
-    exact: bool,
-    folder: Path,
-) -> dict[str, Any]:
+def _fill_packed(model: nn.Module, tensors: dict[str, Any], scheme: Scheme, folder: Path) -> dict[str, Any]:
     """Put the quantized layers of a checkpoint in their places; returns the tensors that are left."""
     known = {leaf.name: leaf for leaf in leaves(model)}
     used: set[str] = set()
@@ -185,10 +179,8 @@ def _fill_packed(
     for name in layers_in(tensors):
         if name not in known:
             continue  # told as unexpected, with the rest
-        leaf = known[name]
-        matrix = read_layer(name, leaf.shape, scheme, read, folder)
-        bias = leaf.module.bias
-        swap(model, name, PackedLinear(matrix, bias, device, exact))
+        matrix = read_layer(name, known[name].shape, scheme, read, folder)
+        swap(model, name, PackedLinear(matrix, known[name].module.bias))
     return {name: file for name, file in tensors.items() if name not in used}
 
 

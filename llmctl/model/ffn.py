@@ -7,11 +7,14 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmctl.model.joined import Joinable
 from llmctl.recipe.model import ModelSection
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Joinable):
     """down(silu(gate(x)) · up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    projections = ("gate_proj", "up_proj")
 
     def __init__(self, model: ModelSection) -> None:
         super().__init__()
@@ -22,7 +25,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.projected(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 FFNS: dict[str, Callable[[ModelSection], nn.Module]] = {"swiglu": SwiGLU}

@@ -13,8 +13,12 @@ from llmctl.engine.generate import generate
 from llmctl.engine.sampling import sampler
 from llmctl.errors import UserError
 from llmctl.kernels.device import DTYPES, pick_device
+from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM
-from llmctl.model.open import open_config, open_model
+from llmctl.model.adapters import is_adapter
+from llmctl.model.checkpoint import FILES
+from llmctl.model.open import open_config, open_folded, open_model
+from llmctl.model.ready import ready
 from llmctl.recipe.generate import GenerateRecipe, SamplingSection
 from llmctl.stages.text import refuse_mismatch, refuse_swapped_tokenizer
 from llmctl.talk import Talk
@@ -61,14 +65,22 @@ def open_writer(
 def load_for_generation(
     where: str, device: str, dtype: str, field: str = "generate.dtype"
 ) -> LlmctlForCausalLM:
-    """The model with weights in the asked precision; float16 weights become float32 on a CPU."""
+    """The model as it is used: adapters folded in, weights laid out for the device, in the asked precision.
+
+    float16 weights become float32 on a CPU.
+    """
     place = pick_device(device)
     if dtype == "float16" and place.type == "cpu":
         raise UserError(
             f"{field}: float16 is far slower than float32 on a CPU", "use bfloat16, float32 or auto"
         )
-    model = open_model(where, DTYPES.get(dtype), place)
-    return model.float() if place.type == "cpu" and model.dtype == torch.float16 else model
+    folder = locate(where, FILES)
+    open_it = open_folded if is_adapter(folder) else open_model
+    model = open_it(folder, DTYPES.get(dtype), place)
+    if place.type == "cpu" and model.dtype == torch.float16:
+        model = model.float()
+    ready(model)
+    return model
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: bool, where: str) -> list[int]:

@@ -1,0 +1,61 @@
+"""A finished model made ready to be used on a CPU: weights laid out for its products, once.
+
+At one token a product reads every weight once and does little else, and from torch's own layout oneDNN reads
+bfloat16 at half of what the memory gives (`benchmarks/decode_cpu.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmctl.model.joined import Joinable
+from llmctl.model.leaves import leaves, swap
+
+LAID_OUT = (torch.bfloat16, torch.float32)
+
+
+class PrepackedLinear(nn.Module):
+    """An `nn.Linear` for inference in oneDNN's own layout: the same numbers in the same precision."""
+
+    def __init__(self, weight_OI: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight_OI.shape
+        # tensors of this layout can be neither cast nor moved, so they are no buffers
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), 1)
+        self.offset = None if bias is None else bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.offset, "none", [], "")
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
+
+def ready(model: nn.Module) -> None:
+    """Lay out the whole weights of a model on the CPU and join what reads the same input, in place.
+
+    The model can then be used, but neither trained nor saved, moved or cast. A model elsewhere, or in a
+    precision oneDNN has no layout for, is left as it is.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return
+    for module in [each for each in model.modules() if isinstance(each, Joinable)]:
+        _join(module)
+    for leaf in list(leaves(model)):
+        if _is_plain(leaf.module):
+            swap(model, leaf.name, PrepackedLinear(leaf.module.weight, leaf.module.bias))
+
+
+def _join(module: Joinable) -> None:
+    parts: list[Any] = [getattr(module, name) for name in module.projections]
+    if all(_is_plain(part) for part in parts) and len({part.bias is None for part in parts}) == 1:
+        weight = torch.cat([part.weight.detach() for part in parts])
+        bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
+        module.join(PrepackedLinear(weight, bias), [part.out_features for part in parts])
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and layer.weight.device.type == "cpu" and layer.weight.dtype in LAID_OUT
