@@ -156,17 +156,18 @@ class Chat:
             raise UserError(
                 f"{path}: a conversation is saved as .json or .jsonl", f"name it {path.stem or 'talk'}.json"
             )
-        if path.exists() and not overwrite:
-            raise UserError(f"{path}: exists already", f"/save! {path} overwrites it")
         record = {"messages": self.messages}
         line = json.dumps(record, ensure_ascii=False)
         text = line if path.suffix == ".jsonl" else json.dumps([record], ensure_ascii=False, indent=2)
         try:
+            if path.exists() and not overwrite:
+                raise UserError(f"{path}: exists already", f"/save! {path} overwrites it")
             write_atomic(path, text + "\n", "choose another folder")
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{path}: {path.parent} is not a folder", "choose another name") from None
         except OSError as error:
-            raise UserError(
-                f"{path}: cannot be written ({(error.strerror or 'unknown').lower()})", "choose another name"
-            ) from None
+            why = (error.strerror or type(error).__name__).lower()
+            raise UserError(f"{path}: cannot be written ({why})", "choose another name") from None
 
     def _answer(
         self, text: str, on_text: Callable[[str], None] | None, stopped: Callable[[], bool]
