@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from llmctl.stages.chat import Chat
 
 Say = Callable[[str], None]
-SETTINGS = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")
-UNSET = ("none", "off")
+SETTINGS = ("temperature", "top_k", "top_p", "seed", "max_new_tokens", "history")
+UNSET = "none"
 NO_SYSTEM = "-"
 
 
@@ -104,7 +104,7 @@ def _params(chat: Chat, rest: str, say: Say) -> None:
     for name in SETTINGS:
         if not changes or name in changes:
             value = chat.settings.model_dump()[name]
-            say(f"{name:<{wide}}  {'none' if value is None else figure(value)}")
+            say(f"{name:<{wide}}  {UNSET if value is None else figure(value)}")
 
 
 def _pairs(rest: str) -> dict[str, str]:
@@ -128,7 +128,7 @@ def _changed(chat: Chat, changes: dict[str, str]) -> ChatSection:
     from llmctl.recipe.load import load_recipe
 
     now = {f"chat.{name}": value for name, value in chat.settings.model_dump().items()}
-    words = [f"chat.{k}={'null' if v.lower() in UNSET else v}" for k, v in changes.items()]
+    words = [f"chat.{k}={'null' if v.lower() == UNSET else v}" for k, v in changes.items()]
     try:
         return load_recipe(ChatRecipe, None, now, words).chat
     except UserError as error:
@@ -151,7 +151,7 @@ COMMANDS: dict[str, Command] = {
     "system": Command("[TEXT]", f"show or set the system prompt; {NO_SYSTEM} takes it away", _system),
     "save": Command("FILE", "write the conversation, as data that `llmctl sft` reads", _save),
     "save!": Command("FILE", "the same, over a file that is there", _save_over),
-    "params": Command("[NAME VALUE …]", "show or set how answers are sampled, and their length", _params),
+    "params": Command("[NAME VALUE …]", "show or set how turns are answered", _params),
     "exit": Command("", "leave; Ctrl-D does too", _exit),
 }
 RULES = [

@@ -10,11 +10,12 @@ from llmctl.recipe.train import Device
 
 
 class ChatSection(SamplingSection):
-    """`chat.*`: what `generate.*` has, and a system prompt."""
+    """`chat.*`: what `generate.*` has, and what belongs to a conversation."""
 
     max_new_tokens: int = about("chat.max_new_tokens", 512, ge=1)
     temperature: float = about("chat.temperature", 0.7, ge=0)
     system: str | None = about("chat.system", None)
+    history: bool = about("chat.history", True)
 
 
 class ChatRecipe(StageRecipe):

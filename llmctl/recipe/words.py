@@ -118,7 +118,7 @@ WORDS: dict[str, str] = {
     "quantize": "how weights become integers",
     "quantize.method": "int8 rounds to the nearest of 8 bits; gptq mends each rounding by the weights that follow",
     "quantize.bits": "bits a weight; 8 for int8, 4 for gptq when unset",
-    "quantize.group_size": "weights that share a scale, or channel: those of an output; 128 for gptq when unset",
+    "quantize.group_size": "weights that share a scale, or channel: all of an output; when unset channel for 8 bits, else 128",
     "quantize.symmetric": "codes lie evenly around zero; without it each group has a zero point too",
     "quantize.calibration": "conversations or text to quantize by, and to measure on where there is no compare.data",
     "quantize.calibration_rows": "rows quantized by at most, the first ones",
@@ -147,6 +147,7 @@ WORDS: dict[str, str] = {
     # chat.*, which has what generate.* has
     "chat": "how to answer in a conversation",
     "chat.system": "system prompt: what the model is told before the conversation",
+    "chat.history": "let the model read the earlier turns; false suits one that was trained on single questions",
     # eval
     "eval": "what to measure",
     "eval.data": "files to score",

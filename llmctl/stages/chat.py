@@ -145,7 +145,9 @@ class Chat:
         return found
 
     def save(self, path: Path, overwrite: bool = False) -> None:
-        """Write the conversation as a record of messages, which `data inspect` and `sft` read.
+        """Write the conversation as a record of messages, or without history every exchange as one.
+
+        `data inspect` and `sft` read them.
 
         Raises UserError: nothing was said yet, the name does not end in .json or .jsonl, the file is there
         already and may not be overwritten, or it cannot be written.
@@ -156,9 +158,11 @@ class Chat:
             raise UserError(
                 f"{path}: a conversation is saved as .json or .jsonl", f"name it {path.stem or 'talk'}.json"
             )
-        record = {"messages": self.messages}
-        line = json.dumps(record, ensure_ascii=False)
-        text = line if path.suffix == ".jsonl" else json.dumps([record], ensure_ascii=False, indent=2)
+        records = [{"messages": messages} for messages in self._records()]
+        if path.suffix == ".jsonl":
+            text = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+        else:
+            text = json.dumps(records, ensure_ascii=False, indent=2)
         try:
             if path.exists() and not overwrite:
                 raise UserError(f"{path}: exists already", f"/save! {path} overwrites it")
@@ -169,10 +173,18 @@ class Chat:
             why = (error.strerror or type(error).__name__).lower()
             raise UserError(f"{path}: cannot be written ({why})", "choose another name") from None
 
+    def _records(self) -> list[list[Message]]:
+        """What the model was shown, answers included."""
+        if self.settings.history:
+            return [self.messages]
+        system = self.messages[: -len(self.turns)]
+        return [[*system, *self.turns[at : at + 2]] for at in range(0, len(self.turns), 2)]
+
     def _answer(
         self, text: str, on_text: Callable[[str], None] | None, stopped: Callable[[], bool]
     ) -> Exchange:
-        settings, ids = self.settings, self._form.ids(self.messages)
+        settings, messages = self.settings, self.messages
+        ids = self._form.ids(messages if settings.history else messages[: -len(self.turns)] + messages[-1:])
         room = self.context - len(ids)
         if room < 1:
             raise self._no_room(len(ids))
@@ -193,7 +205,7 @@ class Chat:
         return Exchange(text, stream.text, ended, len(ids), len(tokens), self.context, speed)
 
     def _no_room(self, length: int) -> UserError:
-        first = len(self.turns) == 1
+        first = len(self.turns) == 1 or not self.settings.history
         return UserError(
             f"{'the prompt' if first else 'with this turn the conversation'} has {length:,} tokens, "
             f"but the model's context is {self.context:,}; the turn is taken back",

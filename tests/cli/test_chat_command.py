@@ -89,6 +89,7 @@ def test_flags_and_fields_reach_the_recipe(piped: Piped, opened: list[Chat]) -> 
         "seed": 7,
         "max_new_tokens": 9,
         "ignore_eos": True,
+        "history": True,
         "dtype": "auto",
     }
 
@@ -147,6 +148,7 @@ def test_params(piped: Piped, opened: list[Chat]) -> None:
         "top_p           1",
         "seed            0",
         "max_new_tokens  512",
+        "history         yes",
         "temperature     0",
         "top_k           40",
         "top_k           none",
@@ -169,12 +171,12 @@ def test_params(piped: Piped, opened: list[Chat]) -> None:
         ("/system refuse", "a system prompt cannot be given", "say it in the first turn"),
         (
             "/params temprature 1",
-            "`temprature` is not one of `temperature`, `top_k`, `top_p`, `seed`, `max_new_tokens`",
+            "`temprature` is not one of `temperature`, `top_k`, `top_p`, `seed`, `max_new_tokens`, `history`",
             "did you mean `temperature`?",
         ),
         (
             "/params dtype float32",
-            "`dtype` is not one of `temperature`, `top_k`, `top_p`, `seed`, `max_new_tokens`",
+            "`dtype` is not one of `temperature`, `top_k`, `top_p`, `seed`, `max_new_tokens`, `history`",
             "/params alone shows them",
         ),
         ("/params top_k", "`top_k` has no value", "/params top_k VALUE"),
@@ -187,6 +189,11 @@ def test_params(piped: Piped, opened: list[Chat]) -> None:
             "/params seed x",
             "seed: should be a valid integer, not the text `x`",
             "`llmctl recipe show chat` explains chat.seed",
+        ),
+        (
+            "/params history off",
+            "history: should be a valid boolean, not the text `off`",
+            "write true or false",
         ),
         (
             "/params temperature none",

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from llmctl.data.document import Account
+from llmctl.data.records import records
 from llmctl.errors import UserError
 from llmctl.recipe.chat import ChatRecipe
 from llmctl.recipe.load import load_recipe
@@ -90,6 +92,16 @@ def test_the_seed_decides_and_every_turn_draws_anew(talking: Path) -> None:
 
     assert answers(1) == answers(1)
     assert len({*answers(1), *answers(7)}) == 4
+
+
+def test_without_history_every_turn_stands_alone(talking: Path) -> None:
+    chat = begin("chat.history=false", "chat.system=Be.")
+    first, other, again = (chat.ask(text) for text in ("Hi", "No", "Hi"))
+    assert (again.text, again.prompt_tokens) == (first.text, first.prompt_tokens)
+    assert len(chat.messages) == 7
+    chat.forget()
+    assert chat.ask("No").text == other.text
+    assert error(lambda: chat.ask("!?" * 60))[1] == "say it in fewer words"
 
 
 def test_text_comes_bit_by_bit(talking: Path) -> None:
@@ -270,6 +282,20 @@ def test_a_saved_conversation_is_data(name: str, talking: Path, llmctl: Program)
     )
     trained = llmctl("sft", "base", "--data", name, "--out", "tuned", *FEW, "data.eval_fraction=0")
     assert trained.code == 0, trained.err
+
+
+@pytest.mark.parametrize("name", ["talk.json", "talk.jsonl"])
+def test_without_history_every_exchange_is_saved_as_one(name: str, talking: Path) -> None:
+    chat = begin("chat.history=false", "chat.system=Be.")
+    answers = [chat.ask(text).text for text in ("Hi", "No")]
+    chat.save(Path(name))
+    account = Account(noun="record")
+    found = [record.value["messages"] for record in records([name], account)]
+    system = {"role": "system", "content": "Be."}
+    assert found == [
+        [system, {"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        for text, answer in zip(("Hi", "No"), answers, strict=True)
+    ]
 
 
 def test_a_conversation_that_cannot_be_saved(talking: Path) -> None:
