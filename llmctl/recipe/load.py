@@ -175,7 +175,7 @@ def _mend(kind_of: str, value: Any) -> str | None:
 def _choices(found: ErrorDetails) -> list[str]:
     ctx = found["ctx"]
     text = ctx["expected"] if "expected" in ctx else ctx["expected_tags"]
-    return re.findall(r"'([^']*)'", text)
+    return re.findall(r"'([^']*)'", text) or re.findall(r"\d+", text)
 
 
 def _shown(value: Any) -> str:

@@ -13,9 +13,9 @@ from llmctl.recipe.tune import CompareRows
 QuantizeMethod = Literal["int8", "gptq"]
 Bits = Literal[8, 4, 3]
 
-# what the recipe leaves open, by method
+# what the recipe leaves open: bits by method, the group by bits
 BITS: dict[str, int] = {"int8": 8, "gptq": 4}
-GROUPS: dict[str, int | Literal["channel"]] = {"int8": "channel", "gptq": 128}
+GROUPS: dict[int, int | Literal["channel"]] = {8: "channel", 4: 128, 3: 128}
 # least agreement and most divergence that pass, by bits, where the recipe sets none
 BOUNDS: dict[int, tuple[float, float]] = {8: (0.95, 0.01), 4: (0.85, 0.1), 3: (0.7, 0.5)}
 
@@ -63,8 +63,9 @@ class QuantizeSection(Section):
 
     def resolved(self) -> QuantizeSection:
         """A copy with bits and group size filled in."""
-        size = self.group_size if self.group_size is not None else GROUPS[self.method]
-        return self.model_copy(update={"bits": self.bits or BITS[self.method], "group_size": size})
+        bits = self.bits or BITS[self.method]
+        size = self.group_size if self.group_size is not None else GROUPS[bits]
+        return self.model_copy(update={"bits": bits, "group_size": size})
 
 
 class ReceiptSection(CompareRows):

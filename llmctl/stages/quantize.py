@@ -230,6 +230,7 @@ def _write_and_measure(
     tokenizer.save_pretrained(target)
     bounds = recipe.compare
     assert bounds.min_top1 is not None and bounds.max_kl is not None
+    found |= {"method": settings.method, "bits": settings.bits, "group_size": settings.group_size}
     found |= sizes(model, matrices, target) | measured(folder, target, held, recipe)
     write_atomic(target / CARD, card(recipe, found))
     refuse_drift(out_of_bounds(found, bounds.min_top1, bounds.max_kl), folder, "the quantized model")

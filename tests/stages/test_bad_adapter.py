@@ -87,8 +87,8 @@ MODELS = {
     ),
     "a quantized model": Bad(
         "{command} base {rest}",
-        "base/config.json: the weights are quantized (bitsandbytes), and only full ones are read",
-        "use the model they were made from",
+        "base/config.json: the weights are quantized (bitsandbytes), and of quantized ones only compressed-tensors pack-quantized is read",
+        "use the model they were made from, and `llmctl quantize` it",
         quantized,
     ),
 }

@@ -96,8 +96,8 @@ MERGE = {
     ),
     "a quantized base": Bad(
         "merge adapter --out out --data talks.jsonl",
-        "base/config.json: the weights are quantized (gptq), and only full ones are read",
-        "use the model they were made from",
+        "base/config.json: the weights are quantized (gptq), and of quantized ones only compressed-tensors pack-quantized is read",
+        "use the model they were made from, and `llmctl quantize` it",
         both(foreign, QUANTIZED),
     ),
     "an adapter of a reward model": Bad(
@@ -194,8 +194,8 @@ COMPARE = {
     ),
     "quantized": Bad(
         "compare adapter base --data talks.jsonl",
-        "base/config.json: the weights are quantized (gptq), and only full ones are read",
-        "use the model they were made from",
+        "base/config.json: the weights are quantized (gptq), and of quantized ones only compressed-tensors pack-quantized is read",
+        "use the model they were made from, and `llmctl quantize` it",
         QUANTIZED,
     ),
 }
