@@ -67,9 +67,7 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_atomic(
-    path: Path, data: bytes | str, elsewhere: str = "choose another folder with --out"
-) -> None:
+def write_atomic(path: Path, data: bytes | str, elsewhere: str = "choose another folder with --out") -> None:
     """Write a whole file under a temporary name, fsync, rename. Readers see the old file or the new.
 
     `elsewhere` is as in `disk_errors`.
