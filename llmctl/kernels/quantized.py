@@ -43,8 +43,7 @@ class Quantized:
 
 def rounded_scale(scale: Tensor) -> Tensor:
     """Scales as they are stored: rounded up to what bfloat16 holds, so that no code leaves its range."""
-    narrow = scale.bfloat16().float()
-    return torch.where(narrow < scale, torch.nextafter(narrow.bfloat16(), _INFINITY).float(), narrow)
-
-
-_INFINITY = torch.tensor(torch.inf, dtype=torch.bfloat16)
+    narrow = scale.bfloat16()
+    # scales are positive, so the next number up is the next pattern of bits
+    above = (narrow.view(torch.int16) + 1).view(torch.bfloat16)
+    return torch.where(narrow.float() < scale, above, narrow).float()
