@@ -22,11 +22,12 @@ def decoding_speeds(models: Sequence[LlmctlForCausalLM], prompt_ids: list[int], 
     found: list[list[float]] = [[] for _ in models]
     for _ in range(ROUNDS):
         for model, speeds in zip(models, found, strict=True):
-            speeds.append(_decode(model, prompt_ids, tokens))
+            speeds.append(decoding_speed(model, prompt_ids, tokens))
     return [median(speeds) for speeds in found]
 
 
-def _decode(model: LlmctlForCausalLM, prompt_ids: list[int], tokens: int) -> float:
+def decoding_speed(model: LlmctlForCausalLM, prompt_ids: list[int], tokens: int) -> float:
+    """Tokens per second of one greedy continuation, after its first token."""
     new = generate(model, prompt_ids, tokens, likeliest)
     next(new)  # the prompt is read here
     started = time.perf_counter()
