@@ -15,6 +15,7 @@ from llmctl.engine.session import Session
 from llmctl.errors import UserError
 from llmctl.files import write_atomic
 from llmctl.model import LlmctlForCausalLM
+from llmctl.model.packed import paths_of
 from llmctl.plan.size import total_parameters
 from llmctl.recipe.chat import ChatRecipe, ChatSection
 from llmctl.stages.generate import end_ids, open_writer, prompt_ids, written
@@ -62,6 +63,8 @@ def begin(recipe: ChatRecipe, talk: Talk) -> Chat:
     assert recipe.base is not None
     settings = recipe.chat
     model, tokenizer = open_writer(recipe.base, recipe.device, settings.dtype, "chat.dtype")
+    if paths := paths_of(model):
+        talk.say(f"quantized: {paths}")
     if tokenizer.chat_template is None:
         talk.say(f"{recipe.base} has no chat template: each text is continued, below what came before")
         return Chat(model, tokenizer, _Plain(tokenizer, recipe.base), settings)

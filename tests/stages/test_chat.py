@@ -350,6 +350,17 @@ def test_a_question_through_a_pipe(model: str, piped: Callable[..., Outcome]) ->
     assert outcome.err.count(" of 64 tokens · ") == 2
 
 
+def test_a_quantized_model_says_how_it_computes(piped: Callable[..., Outcome], llmctl: Program) -> None:
+    words = ["--calibration", "data.jsonl", "--out", "small", "compare.min_top1=0", "compare.max_kl=99"]
+    small = llmctl("quantize", "base", *words, "compare.answers=1", "compare.speed_tokens=8")
+    assert small.code == 0, small.err
+    outcome = piped("Leo?\nNo\n", "small", *GREEDY)
+    assert outcome.code == 0 and len(outcome.out.splitlines()) >= 2
+    assert (
+        outcome.err.startswith("quantized: 8 products: fbgemm int8") and outcome.err.count("quantized") == 1
+    )
+
+
 def test_the_command_tells_what_is_wrong(piped: Callable[..., Outcome]) -> None:
     outcome = piped("Hi\n", "nowhere")
     assert outcome.code == 1 and outcome.out == "" and outcome.err.startswith("error: nowhere: ")
