@@ -32,7 +32,7 @@ def quantize(
     device: Annotated[str | None, flag("quantize", "device", "NAME")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Store the weights of MODEL in a few bits, and measure what that costs.
+    """Store MODEL in a few bits, and measure the loss.
 
     The result is read back from disk and held against MODEL on data it was not quantized by: perplexity,
     divergence, preferred tokens, speed. Exit code 3 if it is further away than compare.min_top1 and

@@ -71,9 +71,9 @@ class QuantizeSection(Section):
 class ReceiptSection(CompareRows):
     """`compare.*` of a quantization: the model against what became of it, on the path that chat runs."""
 
-    min_top1: float | None = about("receipt.min_top1", None, ge=0, le=1)
-    max_kl: float | None = about("receipt.max_kl", None, ge=0)
-    speed_tokens: int = about("receipt.speed_tokens", 64, ge=8)
+    min_top1: float | None = about("compare.min_top1", None, ge=0, le=1)
+    max_kl: float | None = about("compare.max_kl", None, ge=0)
+    speed_tokens: int = about("compare.speed_tokens", 64, ge=8)
 
 
 class QuantizeRecipe(StageRecipe):

@@ -110,8 +110,9 @@ WORDS: dict[str, str] = {
     "compare.batch_size": "rows in one forward pass",
     "compare.answers": "prompts that both models answer",
     "compare.max_new_tokens": "tokens of an answer at most",
-    "compare.min_top1": "least share of tokens on which both must prefer the same next token",
-    "compare.max_kl": "most nats per token by which the second may diverge from the first",
+    "compare.min_top1": "least share of tokens on which both must prefer the same next token; quantize sets it by bits",
+    "compare.max_kl": "most nats per token by which the second may diverge from the first; quantize sets it by bits",
+    "compare.speed_tokens": "tokens decoded for each measurement of speed",
     "compare.min_effect": "least nats per token by which an adapter must move its base",
     "compare.dtype": "precision of weights and compute",
     # quantization
@@ -124,9 +125,6 @@ WORDS: dict[str, str] = {
     "quantize.calibration_rows": "rows quantized by at most, the first ones",
     "quantize.act_order": "round the inputs with the largest activations first",
     "quantize.damping": "added to the Hessian's diagonal, as a share of its mean; grows where that is too little",
-    "receipt.min_top1": "least share of tokens on which both must prefer the same next token; by bits when unset",
-    "receipt.max_kl": "most nats per token by which the quantized model may diverge; by bits when unset",
-    "receipt.speed_tokens": "tokens decoded for each measurement of speed",
     # learning from preferences
     "reward": "the loss of a reward model",
     "reward.center_rewards_coefficient": "how strongly the scores of a pair are drawn towards a mean of zero; 0 is off",
