@@ -60,17 +60,18 @@ def _group_size(text: str) -> int | str:
 
 
 def print_receipt(run: str, found: dict[str, Any]) -> None:
-    """Before and after as a table, the rest as a listing, then the answers of both."""
+    """The answers of both models, then the figures, so that these are what a small screen ends with."""
+    show_answers(found.pop("answers", []))
     rows = []
     for title, name, shown in BEFORE_AFTER:
         before, after = (found.pop(key, None) for key in _keys(name))
         if before is not None:
             rows.append((title, shown(before), shown(after)))
+    print()
     print_table(("", "before", "after"), rows)
     print()
-    answers, kept = found.pop("answers", []), found.pop("kept")
+    kept = found.pop("kept")
     print_listing({"run": run, **found, "in full": ", ".join(kept) or "none"})
-    show_answers(answers)
 
 
 def _keys(name: str) -> tuple[str, str]:

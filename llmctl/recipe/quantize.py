@@ -17,7 +17,7 @@ Bits = Literal[8, 4, 3]
 BITS: dict[str, int] = {"int8": 8, "gptq": 4}
 GROUPS: dict[int, int | Literal["channel"]] = {8: "channel", 4: 128, 3: 128}
 # least agreement and most divergence that pass, by bits, where the recipe sets none
-BOUNDS: dict[int, tuple[float, float]] = {8: (0.95, 0.01), 4: (0.85, 0.1), 3: (0.7, 0.5)}
+BOUNDS: dict[int, tuple[float, float]] = {8: (0.95, 0.01), 4: (0.9, 0.05), 3: (0.8, 0.2)}
 
 
 def _group(value: Any) -> Any:
