@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from llmctl import __version__
-from llmctl.cli import chat, data, doctor, quantize, recipe, runs, stages, tokenizer, tune
+from llmctl.cli import chat, data, doctor, quantize, quickstart, recipe, runs, stages, tokenizer, tune
 from llmctl.cli.boundary import guard
 
 Command = Callable[..., None]
@@ -44,7 +44,7 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
 
 # in the order of `llmctl --help`; a name without a command is a group
 COMMANDS: dict[str, Command | None] = {
-    "quickstart": stages.quickstart,
+    "quickstart": quickstart.quickstart,
     "tokenizer": None,
     "data": None,
     "pretrain": stages.pretrain,

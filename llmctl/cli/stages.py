@@ -1,4 +1,4 @@
-"""The commands that run a stage on a model: quickstart, pretrain, generate, eval.
+"""The commands that run a stage on a model: pretrain, generate, eval.
 
 A stage imports torch, which takes seconds, so a recipe is checked before its stage is imported.
 """
@@ -21,34 +21,9 @@ from llmctl.cli.options import (
     saved_recipe,
     split_words,
 )
-from llmctl.cli.output import figure, print_json, print_listing, print_table
+from llmctl.cli.output import print_json, print_listing
 from llmctl.cli.progress import make_talk
 from llmctl.errors import UsageError, UserError
-
-
-def quickstart(
-    out: Annotated[str | None, flag("quickstart", "out", "DIR")] = None,
-    seed: Annotated[int | None, flag("quickstart", "seed", "N")] = None,
-    device: Annotated[str | None, flag("quickstart", "device", "NAME")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Run the whole lifecycle on built-in data.
-
-    A tokenizer, a small model trained from nothing, and a text from it: a few minutes on two cores,
-    without a network.
-    """
-    from llmctl.stages import quickstart as stage
-
-    result = stage.run(out, seed, device, make_talk())
-    if as_json:
-        print_json(result)
-        return
-    rows = [
-        (row["stage"], f"{row['seconds']:.1f} s", figure(row["size"]), figure(row["figure"]))
-        for row in result["rows"]
-    ]
-    print_table(("stage", "time", "size", "result"), rows)
-    print(f"\nprompt: {result['sample']['prompt']}\nanswer: {result['sample']['text'].strip()}")
 
 
 def pretrain(

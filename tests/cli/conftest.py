@@ -26,6 +26,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     for name in ("pretrain", "tokenizer", "generate", "evaluate", "quickstart"):
         module = types.SimpleNamespace(
             run=getattr(noted, name),
+            conversation=noted.conversation,
             evaluate=lambda tokenizers, data, text_field: [
                 {"tokenizer": t, "bytes_per_token": 4.25, "field": text_field} for t in tokenizers
             ],

@@ -38,8 +38,33 @@ class Calls:
 
     def quickstart(self, out: Any, seed: Any, device: Any, talk: Any) -> dict[str, Any]:
         self._note(None, {"out": out, "seed": seed, "device": device})
-        rows = [{"stage": "tokenizer", "seconds": 1.25, "size": "500 entries", "figure": 2.4}]
-        return {"rows": rows, "sample": {"prompt": "Who?", "text": " Ada."}}
+        empty = dict.fromkeys(("loss", "exact_match", "change", "preference_accuracy"))
+        share = {"exact_match": 0.9, "exact_match_low": 0.88, "exact_match_high": 0.91}
+        change = {"change": -0.004, "change_low": -0.012, "change_high": 0.004}
+        kept = {
+            "preference_accuracy": 0.951,
+            "preference_accuracy_low": 0.94,
+            "preference_accuracy_high": 0.96,
+        }
+        rows = [
+            empty | {"stage": "tokenizer", "seconds": 1.25, "size_bytes": 39430},
+            empty
+            | {"stage": "dpo", "seconds": 35, "size_bytes": 3 << 20, "loss": 0.25}
+            | share
+            | change
+            | kept,
+        ]
+        exchange = {"prompt": "Who?", "answer": "Ada. ", "expected": "Ada."}
+        return {
+            "rows": rows,
+            "seconds": 61.0,
+            "peak_memory_bytes": 1 << 30,
+            "model": "runs/o",
+            "exchange": exchange,
+        }
+
+    def conversation(self, model: Any, seed: Any, device: Any) -> Any:
+        return (model, seed, device)
 
     def _note(self, recipe: Any, words: dict[str, Any]) -> None:
         self.recipe, self.words = recipe, words

@@ -224,19 +224,6 @@ def test_tokenizer_tables(llmctl_: Program, calls: Calls) -> None:
     ]
 
 
-def test_quickstart(llmctl_: Program, calls: Calls) -> None:
-    ended = llmctl_("quickstart", "--seed", "3", "--out", "o")
-    assert calls.words == {"out": "o", "seed": 3, "device": None}
-    assert ended.out.splitlines() == [
-        "stage      time   size         result",
-        "tokenizer  1.2 s  500 entries  2.4",
-        "",
-        "prompt: Who?",
-        "answer: Ada.",
-    ]
-    assert json.loads(llmctl_("quickstart", "--json").out)["sample"]["prompt"] == "Who?"
-
-
 def test_help_names_every_command_in_order(llmctl_: Program) -> None:
     ended = llmctl_("--help")
     lines = ended.out.partition("Commands:")[2].splitlines()

@@ -1,4 +1,4 @@
-"""`llmctl eval`, `generate` and `quickstart` on tiny models, against transformers and sums made by hand."""
+"""`llmctl eval` and `generate` on tiny models, against transformers and sums made by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmctl.runs import read_manifest
-from llmctl.stages import quickstart
 from tests.program import Program
 from tests.stages.bad_input import snapshot
 from tests.stages.conftest import SMALL
@@ -142,45 +141,3 @@ def test_the_context_ends_a_text(stocked: Path, llmctl: Program) -> None:
     outcome = llmctl("generate", "base", "!?" * 25, "--max-new-tokens", "500", *GREEDY)
     assert outcome.code == 0 and outcome.err == "the context ends after 13 new tokens\n"
     assert len(json.loads(outcome.out)["tokens"]) == 13  # BOS and 50 more came before
-
-
-# --- quickstart --------------------------------------------------------------------------------------
-
-
-def test_quickstart_runs_twice(
-    corpus: Path, here: Path, llmctl: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The whole command with recipes of a smaller world; the second time every stage is kept."""
-    settings = "\n".join(f"  {word.removeprefix('model.').replace('=', ': ')}" for word in SMALL)
-    small = {
-        "TOKENIZER_RECIPE": f"stage: tokenizer\nvocab_size: 300\ndata:\n  train: [{corpus}]\n",
-        "PRETRAIN_RECIPE": f"stage: pretrain\nmodel:\n{settings}\ndata:\n  train: [{corpus}]\n"
-        "train:\n  max_steps: 4\n  threads: 1\n",
-    }
-    recipes = here.parent / "recipes"
-    recipes.mkdir()
-    for name, text in small.items():
-        (recipes / f"{name}.yaml").write_text(text)
-        monkeypatch.setattr(quickstart, name, str(recipes / f"{name}.yaml"))
-    first = llmctl("quickstart", "--json")
-    assert first.code == 0, first.err
-    result = json.loads(first.out)
-    assert list(result) == ["rows", "sample", "run"] and result["run"] == "runs/quickstart/pretrain"
-    assert [row["stage"] for row in result["rows"]] == list(quickstart.STEPS)
-    assert all(set(row) == {"stage", "seconds", "size", "figure"} for row in result["rows"])
-    assert result["rows"][0]["size"] == "300 entries"
-    manifest = read_manifest(here / result["run"])
-    assert manifest["status"] == "done" and manifest["metrics"]["steps"] == 4
-    before = snapshot(here)
-
-    second = llmctl("quickstart")
-    assert second.code == 0
-    assert "runs/quickstart/tokenizer: done before; kept\n" in second.err
-    assert "runs/quickstart/pretrain: this run is done; nothing to resume\n" in second.err
-    assert snapshot(here) == before
-    other = llmctl("quickstart", "--seed", "5")
-    assert other.code == 1 and "train.seed was 0 when the run began, and is 5 now" in other.err
-    lines = second.out.splitlines()
-    assert lines[0].split() == ["stage", "time", "size", "result"]
-    assert [line.split()[0] for line in lines[1 : 1 + len(quickstart.STEPS)]] == list(quickstart.STEPS)
-    assert f"prompt: {result['sample']['prompt']}" in lines
