@@ -17,9 +17,9 @@ from llmctl.model.checkpoint import load_model, load_weights, new_model, save_mo
 from llmctl.model.config import LlmctlConfig
 from llmctl.model.families import write_config
 from llmctl.model.open import open_config, open_folded
+from llmctl.recipe.generate import GenerateSection
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.model import ModelSection
-from llmctl.recipe.generate import GenerateSection
 from llmctl.recipe.schema import PretrainRecipe
 from llmctl.runs import Run, RunResult, check_out, default_out, finished_metrics
 from llmctl.stages.finish import install, write_report

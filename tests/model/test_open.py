@@ -17,12 +17,12 @@ from llmctl.model.checkpoint import load_model, save_model
 from llmctl.model.hf import LlmctlForCausalLM
 from llmctl.model.nf4 import round_nf4
 from llmctl.model.open import (
-    stored_dtype,
     base_of,
     open_base,
     open_config,
     open_folded,
     open_model,
+    stored_dtype,
 )
 from llmctl.model.vocabulary import grow_vocabulary
 from llmctl.runs import folder_hash
