@@ -1,8 +1,8 @@
 """Draw docs/figures/*.svg from real terminal sessions.
 
-python docs/pictures.py                      every picture; needs the `llmctl` beside this Python
-python docs/pictures.py chat MODEL           one of them, with a model of your own
-python docs/pictures.py quickstart --work D  in a folder that is kept, so that drawing again is quick
+python docs/pictures.py                every picture, by the `llmctl` beside this Python; the quickstart takes minutes
+python docs/pictures.py --work D       in a folder that is kept, so that drawing again is quick
+python docs/pictures.py chat --work D  one of them
 
 A session runs in a pseudo-terminal. What it writes goes through a small screen, which knows what progress bars
 and streaming answers send (return, line feed, cursor moves, erasing, colours), and that is drawn by rich.
@@ -16,7 +16,6 @@ import os
 import pty
 import re
 import select
-import shlex
 import struct
 import sys
 import tempfile
@@ -46,7 +45,7 @@ ROWS = 50  # of the terminal; the picture is as high as what was written
 class Scene:
     """One picture: what is typed at the shell, and then at what the program asks.
 
-    `{model}` in the command is replaced. `keys` are pairs: what must stand last on the screen, what is then typed.
+    `keys` are pairs: what must stand last on the screen, and what is then typed.
     """
 
     command: str
@@ -152,11 +151,13 @@ class Screen:
         return "\n".join("".join(character for character, _ in line).rstrip() for line in self.lines)
 
     def ansi(self, last_rows: int | None = None) -> str:
-        """The text with its colours, without empty lines at the end; `last_rows` lines of it at most."""
+        """The text with its colours, without empty lines at the end: all, or the first line and the last ones."""
         lines = list(self.lines)
         while lines and not any(character.strip() for character, _ in lines[-1]):
             lines.pop()
-        return "\n".join(map(coloured, lines[-last_rows:] if last_rows else lines))
+        if last_rows and len(lines) > last_rows + 2:
+            lines = [lines[0], [("…", "\x1b[2m")], *lines[-last_rows:]]
+        return "\n".join(map(coloured, lines))
 
 
 def coloured(line: list[tuple[str, str]]) -> str:
@@ -173,17 +174,10 @@ def coloured(line: list[tuple[str, str]]) -> str:
 # --- the session ------------------------------------------------------------------------------------
 
 
-def play(scene: Scene, work: Path, model: str | None) -> Screen:
-    """Run a scene in a pseudo-terminal, with a model of one's own linked into runs/. Raises TimeoutError if it does not end, with what is on the screen."""
-    command = scene.command
-    if model is not None:
-        link = work / "runs" / Path(model).name
-        link.parent.mkdir(exist_ok=True)
-        if not link.exists():
-            link.symlink_to(Path(model).resolve())
-        command = command.replace("{model}", shlex.quote(f"runs/{link.name}"))
+def play(scene: Scene, work: Path) -> Screen:
+    """Run a scene in a pseudo-terminal. Raises TimeoutError if it does not end, with what is on the screen."""
     screen = Screen(scene.columns)
-    screen.feed(f"\x1b[1;32m$\x1b[0m {command}\r\n")
+    screen.feed(f"\x1b[1;32m$\x1b[0m {scene.command}\r\n")
     child, terminal = pty.fork()
     if child == 0:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, scene.columns, 0, 0))
@@ -192,7 +186,7 @@ def play(scene: Scene, work: Path, model: str | None) -> Screen:
         os.environ.update(TERM="xterm-256color", COLORTERM="truecolor", PATH=path)
         for name in ("NO_COLOR", "COLUMNS", "LINES"):
             os.environ.pop(name, None)
-        os.execvp("sh", ["sh", "-c", command])  # noqa: S606  (the session's shell)
+        os.execvp("sh", ["sh", "-c", scene.command])  # noqa: S606  (the session's shell)
     try:
         converse(terminal, screen, scene)
     finally:
@@ -280,13 +274,12 @@ def main() -> int:
     """Draw the pictures that are asked for."""
     words = argparse.ArgumentParser(description="draw pictures of terminal sessions")
     words.add_argument("name", nargs="?", choices=list(SCENES), help="picture to draw; all when unset")
-    words.add_argument("model", nargs="?", help="model folder for scenes that need one")
     words.add_argument("--work", type=Path, help="folder to run in; a temporary one when unset")
     given = words.parse_args()
     work = given.work or Path(tempfile.mkdtemp(prefix="pictures-"))
     work.mkdir(parents=True, exist_ok=True)
     for name in [given.name] if given.name else SCENES:
-        screen = play(SCENES[name], work, given.model)
+        screen = play(SCENES[name], work)
         FIGURES.mkdir(exist_ok=True)
         target = FIGURES / f"{name}.svg"
         target.write_text(drawn(screen, name, SCENES[name].last_rows), encoding="utf-8")
@@ -294,17 +287,21 @@ def main() -> int:
     return 0
 
 
+# In this order: the later ones show what the quickstart has made.
 SCENES: dict[str, Scene] = {
+    "quickstart": Scene(
+        "llmctl quickstart", ((">", "Where does Judy live?\r"), (">", "\x04")), columns=90, last_rows=28
+    ),
     "chat": Scene(
-        "llmctl chat {model}",
+        "llmctl chat runs/quickstart/gptq4 --temperature 0 chat.history=false",
         (
-            ("> ", "Where does Judy live?\r"),
-            ("> ", "Who is her best friend?\r"),
-            ("> ", "/params\r"),
-            ("> ", "\x04"),
+            (">", "Where does Judy live?\r"),
+            (">", "In which month was Marco born?\r"),
+            (">", "/params\r"),
+            (">", "\x04"),
         ),
     ),
-    "inspect": Scene("llmctl data inspect builtin:tinyworld-instructions --model {model}"),
+    "inspect": Scene("llmctl data inspect builtin:tinyworld-instructions --model runs/quickstart/sft"),
 }
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python docs/rerun.py --keep --work walk --from "…"  from a section on, in a fo
 
 Every ```console block is run, line by line. Under it the page states figures, in comments that Markdown hides:
 
-    <!-- check: runs/base eval_bits_per_byte = 1.763 ± 0.02 -->    a metric in run.json of a run
+    <!-- check: runs/base eval_bits_per_byte = 1.763 ± 0.02 -->    a metric of a run, or all else in its run.json
     <!-- check: stdout exact_match = 94.6 % ± 1.5 -->              a key of what the last command printed
     <!-- check: stdout 1.bytes_per_token ≤ 3.7 -->                 JSON: names and indices, joined by dots
     <!-- check: exit = 3 -->                                       the last command's status; 0 if not stated
@@ -200,11 +200,12 @@ def judged(step: Step, work: Path, printed: str, status: int) -> list[Verdict]:
             continue
         manifest = work / check.source / "run.json"
         if check.source == "stdout":
-            text, key = printed, check.key
+            found = figure(printed, check.key)
         else:
-            text, key = (manifest.read_text(encoding="utf-8") if manifest.is_file() else "{}"), check.key
-            key = f"metrics.{key}"
-        verdicts.append(judge(check, figure(text, key)))
+            text = manifest.read_text(encoding="utf-8") if manifest.is_file() else "{}"
+            found = figure(text, f"metrics.{check.key}")
+            found = figure(text, check.key) if found is None else found
+        verdicts.append(judge(check, found))
     return verdicts
 
 

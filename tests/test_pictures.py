@@ -65,35 +65,28 @@ def test_colours_reach_the_picture() -> None:
     assert "#f07178" in picture and ">red<" in picture.replace("&#160;", " ")
 
 
-def test_the_last_rows_only() -> None:
+def test_the_middle_is_left_out() -> None:
     screen = PICTURES.Screen(20)
-    screen.feed("one\r\ntwo\r\nthree\r\n\r\n")
-    picture = PICTURES.drawn(screen, "name", 2)
-    assert "three" in picture and "two" in picture and "one" not in picture
+    screen.feed("$ one\r\ntwo\r\nthree\r\nfour\r\nfive\r\n\r\n")
+    lines = PICTURES.Text.from_ansi(screen.ansi(2)).plain.splitlines()
+    assert lines == ["$ one", "…", "four", "five"]
+    lines = PICTURES.Text.from_ansi(screen.ansi(3)).plain.splitlines()
+    assert lines == ["$ one", "two", "three", "four", "five"]
 
 
 def test_a_session(tmp_path: Path) -> None:
     """Keys are typed when the program waits for them; the program sees a terminal of the scene's width."""
     command = 'test -t 0 && stty size; printf "name? "; read name; echo "hello $name"'
-    screen = PICTURES.play(PICTURES.Scene(command, (("name?", "Ada\r"),), columns=72), tmp_path, None)
+    screen = PICTURES.play(PICTURES.Scene(command, (("name?", "Ada\r"),), columns=72), tmp_path)
     lines = screen.plain().splitlines()
     assert f"{PICTURES.ROWS} 72" in lines
     assert lines[-2:] == ["name? Ada", "hello Ada"]
 
 
-def test_a_model_of_ones_own(tmp_path: Path) -> None:
-    """It lies under runs/ for the session, so that no path of the machine gets into the picture."""
-    model = tmp_path / "else where" / "model"
-    model.mkdir(parents=True)
-    (model / "config.json").write_text("{}", encoding="utf-8")
-    screen = PICTURES.play(PICTURES.Scene("ls {model}"), tmp_path, str(model))
-    assert screen.plain().splitlines() == ["$ ls runs/model", "config.json"]
-
-
 def test_a_session_that_does_not_end(tmp_path: Path) -> None:
     scene = PICTURES.Scene("echo waiting; read name", (("never shown", "x"),), seconds=1.5)
     with pytest.raises(TimeoutError, match=r"the session did not end; the screen:\n(.|\n)*waiting"):
-        PICTURES.play(scene, tmp_path, None)
+        PICTURES.play(scene, tmp_path)
 
 
 @pytest.mark.parametrize("name", PICTURES.SCENES)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -21,7 +23,7 @@ if verb == "make":
     out = pathlib.Path(words[words.index("--out") + 1])
     out.mkdir(parents=True)
     score = float(words[-1])
-    (out / "run.json").write_text(json.dumps({"status": "done", "metrics": {"score": score}}))
+    (out / "run.json").write_text(json.dumps({"status": "done", "data": {"kept": 7}, "metrics": {"score": score}}))
     pathlib.Path("made.txt").open("a").write(f"{out}\\n")
 elif verb == "say":
     print(" ".join(words).replace(" / ", "\\n"))
@@ -179,6 +181,11 @@ def test_a_page_whose_figures_are_right(tmp_path: Path) -> None:
     assert report[0]["seconds"] > 0
 
 
+def test_what_is_no_metric_is_read_from_the_manifest(tmp_path: Path) -> None:
+    ended = run(tmp_path, PAGE.replace("runs/a score = 0.5 ± 0.01", "runs/a data.kept = 7"))
+    assert ended.returncode == 0 and "ok   runs/a data.kept = 7, found 7\n" in ended.stdout
+
+
 def test_a_figure_outside(tmp_path: Path) -> None:
     ended = run(tmp_path, PAGE.replace("= 0.5 ±", "= 0.48 ±").replace("= 1,024 -->", "= 1,024 ± 1 -->"))
     assert ended.returncode == 3
@@ -244,3 +251,62 @@ def test_a_part(tmp_path: Path) -> None:
             RERUN.chosen(steps, words, None)
         there = f"'{words}' fits {number} sections; there are: First part, Second part"
         assert str(caught.value) == there
+
+
+# --- the walkthrough --------------------------------------------------------------------------------
+
+WALK = SCRIPT.with_name("walkthrough.md").read_text(encoding="utf-8")
+STEPS = RERUN.parse(WALK)
+LIFECYCLE = ("pretrain", "sft", "reward", "dpo", "merge", "int8", "gptq4")
+TRAINING = ("pretrain", "sft", "reward", "dpo")
+
+
+def sections(text: str) -> dict[str, str]:
+    """What a reader sees under each heading."""
+    parts = re.split(r"^#+ (.*)$", RERUN.visible(text), flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_every_section_states_a_figure() -> None:
+    stated = {step.section for step in STEPS if step.checks}
+    assert {step.section for step in STEPS} == stated
+
+
+@pytest.mark.parametrize(
+    "step", [step for step in STEPS if step.checks], ids=lambda step: f"line {step.line}"
+)
+def test_figures_stand_in_the_text(step: Any) -> None:
+    """A checked number is one that the reader sees, in its unit, in the same section."""
+    text = sections(WALK)[step.section]
+    figures = [check for check in step.checks if check.source != "exit"]
+    assert not [f"line {check.line}: {check.stated}" for check in figures if not stands(check, text)]
+
+
+def stands(check: Any, text: str) -> bool:
+    """Whether the number of a check is in a text: the whole number, and its unit if it has one."""
+    after = r" ?%" if check.percent else r"(?![\d,.]*\d)"
+    return re.search(rf"(?<![\d.,−]){re.escape(check.stated.replace('-', '−'))}{after}", text) is not None
+
+
+def test_a_number_stands_in_a_text_as_a_whole() -> None:
+    check = RERUN.parse_check("<!-- check: stdout x = 1.76 ± 0.1 -->", 1)
+    share = RERUN.parse_check("<!-- check: stdout x = 50 % -->", 1)
+    assert stands(check, "it was 1.76.") and stands(check, "| 1.76 |") and stands(share, "| 50 % |")
+    assert not any(stands(check, text) for text in ("1.763", "11.76", "1,1.76", "1.76,5"))
+    assert not stands(share, "50 steps") and not stands(share, "0.50 %")
+
+
+def test_every_training_is_repeatable() -> None:
+    trainings = [step.command for step in STEPS if step.command.split()[:2][-1] in TRAINING]
+    assert len(trainings) >= 7
+    assert not [command for command in trainings if "train.threads=1" not in command]
+
+
+def test_checked_runs_are_made_before() -> None:
+    made: set[str] = set()
+    for step in STEPS:
+        made.update(re.findall(r"--out (\S+)", step.command))
+        if step.command == "llmctl quickstart":
+            made.update(f"runs/quickstart/{name}" for name in LIFECYCLE)
+        for check in step.checks:
+            assert check.source in made | {"stdout", "exit"}, f"line {check.line}"
