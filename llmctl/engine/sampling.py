@@ -39,7 +39,7 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 
 def likeliest(logits: Tensor) -> Tensor:
     """Greedy decoding: logits [B, V] -> token ids [B]."""
-    return logits.argmax(-1)
+    return logits.float().argmax(-1)  # torch has no fast one for bfloat16 on the CPU
 
 
 def sampler(heat: float, k: int | None, p: float, seed: int) -> Callable[[Tensor], Tensor]:
