@@ -98,6 +98,10 @@ def check_out(path: Path, resume: bool = False, *, resumable: bool = True) -> No
         raise UserError(f"{path}: is a file, but --out names a folder", "choose another name")
     with disk_errors(path):
         occupied = path.is_dir() and any(path.iterdir())
+    if occupied and not resume and not resumable and _died(path):
+        raise UserError(
+            f"{path}: holds what is left of a run that did not finish", "delete it, or choose another --out"
+        )
     if occupied and not resume:
         go_on = ", or add --resume to go on with it" if resumable else ""
         raise UserError(f"{path}: the folder is not empty", f"choose another --out{go_on}")
@@ -110,6 +114,14 @@ def check_out(path: Path, resume: bool = False, *, resumable: bool = True) -> No
         raise UserError(f"{above}: is a file, so {path} cannot be made", "choose another --out")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{above}: no permission to write", "choose another folder with --out")
+
+
+def _died(path: Path) -> bool:
+    """Whether a folder holds a run that ended without a result."""
+    if not (path / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(path)
+    return status_of(path, manifest) in ("failed", "interrupted", "crashed") and not output_hashes(path)
 
 
 def _began_as_run(path: Path) -> bool:

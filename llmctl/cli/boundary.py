@@ -9,6 +9,7 @@ line is a bug of ours and says so.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -43,6 +44,13 @@ def guard(action: Callable[[], object], args: list[str], command: str) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         return _reader_left()
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            return _bug(error)
+        # what stages write is told by files.py; this was stdout
+        _tell("error: the disk is full, so the result could not be written")
+        _tell("hint: free some space, or send stdout elsewhere")
+        return _reader_left()
     except UserError as error:
         _show_traceback()
         report(error)
@@ -55,14 +63,18 @@ def guard(action: Callable[[], object], args: list[str], command: str) -> int:
     except (KeyboardInterrupt, typer.Abort):
         result = EXIT_INTERRUPTED
     except Exception as error:
-        _show_traceback()
-        _tell(f"internal error: {type(error).__name__}: {error}: this is a bug in llmctl")
-        _tell(f"hint: run it again with {DEBUG}=1 to see the traceback, and report that")
-        return EXIT_USER_ERROR
+        return _bug(error)
     # Typer turns a Ctrl-C that nobody caught into this code, without a word
     if result == EXIT_INTERRUPTED:
         _tell("interrupted")
     return result if isinstance(result, int) else EXIT_OK
+
+
+def _bug(error: Exception) -> int:
+    _show_traceback()
+    _tell(f"internal error: {type(error).__name__}: {error}: this is a bug in llmctl")
+    _tell(f"hint: run it again with {DEBUG}=1 to see the traceback, and report that")
+    return EXIT_USER_ERROR
 
 
 def report(error: UserError) -> None:

@@ -11,6 +11,7 @@ from llmctl.cli.output import figure, print_json, print_listing, print_table, si
 from llmctl.cli.progress import make_talk
 from llmctl.cli.tune import checked, show_answers
 
+FEW = 6  # layers that are named; run.json lists them all
 BEFORE_AFTER = (
     ("weights", "size_bytes", size),
     ("perplexity", "perplexity", figure),
@@ -71,7 +72,8 @@ def print_receipt(run: str, found: dict[str, Any]) -> None:
     print_table(("", "before", "after"), rows)
     print()
     kept = found.pop("kept")
-    print_listing({"run": run, **found, "in full": ", ".join(kept) or "none"})
+    named = ", ".join(kept[:FEW]) + (f" and {len(kept) - FEW} more" if len(kept) > FEW else "")
+    print_listing({"run": run, **found, "in full": named or "none"})
 
 
 def _keys(name: str) -> tuple[str, str]:

@@ -20,6 +20,10 @@ FEWEST_DOCUMENTS = 20  # with fewer, held-out text is the tail of the data inste
 Batch = dict[str, torch.Tensor]
 
 
+class TooLittle(UserError):
+    """Nothing can be held out. The hint is for a stage that trains."""
+
+
 @dataclass(frozen=True)
 class Laid:
     """Token ids, the pieces of them that are trained as they stand, and the rows the pieces lie in.
@@ -177,13 +181,13 @@ def split_holdout(pieces: Pieces, fraction: float, seed: int) -> tuple[Pieces, P
     `fraction` is 0, and at least one is left.
 
     Raises:
-        UserError: there is only one piece, so nothing can be held out.
+        TooLittle: there is only one piece, so nothing can be held out.
     """
     everything = np.arange(len(pieces))
     if fraction == 0:
         return pieces.take(everything), pieces.take(everything[:0])
     if len(pieces) < 2:
-        raise UserError(
+        raise TooLittle(
             "too little text to hold any out for evaluation: it fits in one row",
             "give more data, name evaluation data in data.eval, or set data.eval_fraction=0",
         )

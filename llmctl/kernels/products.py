@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmctl.kernels.device import cpu_facts
 from llmctl.kernels.packing import pack_words, unpack_words
 from llmctl.kernels.quantized import Quantized
 
@@ -62,12 +61,13 @@ class ExactProduct:
 class Int8Product:
     """Dynamic quantization of the tokens (Jacob et al. 2018, arXiv:1712.05877), in fbgemm's kernel.
 
-    The kernel rounds all tokens of a call on one grid. Each is first scaled to a greatest value of 1, so
-    that what becomes of a token does not depend on its neighbours.
+    The kernel rounds all tokens of a call on one grid of 256 steps. Each token is first scaled to a greatest
+    value of 1, so that none is lost beside a larger one; alone, a token of one sign has finer steps. Where a
+    token is not finite all that the call gives is NaN, as for any product with one.
     """
 
     def __init__(self, matrix: Quantized, device: torch.device) -> None:
-        scale = matrix.scale.squeeze(1)
+        scale, self.outputs = matrix.scale.squeeze(1), matrix.codes.shape[0]
         with warnings.catch_warnings():
             # torch means to retire this kind of tensor; the kernel takes weights in no other
             warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
@@ -84,11 +84,17 @@ class Int8Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         narrow = not _multiplies_bytes_exactly()
-        if x.numel() == x.shape[-1]:
-            return torch.ops.quantized.linear_dynamic(x.float(), self.packed, narrow).to(x.dtype)
-        flat = x.flatten(0, -2).float()
-        most = flat.abs().amax(-1, keepdim=True).clamp_min_(TINY)
-        out = torch.ops.quantized.linear_dynamic(flat / most, self.packed, narrow).mul_(most)
+        flat, most = x.flatten(0, -2).float(), None
+        if flat.shape[0] > 1:
+            most = flat.abs().amax(-1, keepdim=True).clamp_min_(TINY)
+            flat = flat / most
+        try:
+            out = torch.ops.quantized.linear_dynamic(flat, self.packed, narrow)
+        except RuntimeError:
+            if bool(flat.isfinite().all()):
+                raise
+            out = flat.new_full((flat.shape[0], self.outputs), torch.nan)
+        out = out if most is None else out.mul_(most)
         return out.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
@@ -125,9 +131,15 @@ def _int4_group(matrix: Quantized) -> int | None:
 
 @cache
 def _multiplies_bytes_exactly() -> bool:
-    """Without these instructions fbgemm sums pairs of byte products in 16 bits, so one of the two has to be narrower."""
-    flags = set(cpu_facts().get("flags", "").split())
-    return bool(flags & {"avx512_vnni", "avx_vnni"})
+    """Whether fbgemm sums products of whole bytes without overflow here; found out by trying.
+
+    Without the instructions for it (AVX512-VNNI) it adds pairs of them in 16 bits, so that tokens must be rounded
+    to 7 bits instead.
+    """
+    largest = Quantized(torch.full((16, 64), 127, dtype=torch.int8), torch.ones(16, 1), None, 8)
+    packed = Int8Product(largest, torch.device("cpu")).packed
+    out = torch.ops.quantized.linear_dynamic(torch.ones(1, 64), packed, False)
+    return bool(((out - 64 * 127).abs() < 127).all())
 
 
 PRODUCTS: dict[str, Callable[[Quantized, torch.device], Product]] = {

@@ -28,6 +28,7 @@ METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 BITS = (8, 4, 3)
 PACKED, SCALE, ZERO, SHAPE = ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape"
 DAMAGED = "copy or download it again, or quantize the original model again"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Read = Callable[[str], Tensor]
 
 
@@ -83,7 +84,9 @@ def scheme_in(raw: Mapping[str, Any], where: str) -> Scheme | None:
             "use the model they were made from, and `llmctl quantize` it",
         )
     (layers,) = groups.values()
-    weights = layers.get("weights") or {}
+    weights = layers.get("weights") if isinstance(layers, dict) else None
+    if not isinstance(weights, dict):
+        raise UserError(f"{where}: quantization_config does not say how weights are stored", DAMAGED)
     group = weights.get("group_size") if weights.get("strategy") == "group" else None
     plain = (
         weights.get("num_bits") in BITS
@@ -120,6 +123,15 @@ def stored(name: str, matrix: Quantized) -> dict[str, Tensor]:
     return tensors
 
 
+def stored_bytes(matrix: Quantized) -> int:
+    """Bytes of a layer's codes, scales and zero points on disk."""
+    (outputs, inputs), groups = matrix.codes.shape, matrix.scale.shape[1]
+    words = outputs * words_for(inputs, matrix.bits)
+    if matrix.zero is not None:
+        words += words_for(outputs, matrix.bits) * groups
+    return 4 * (words + outputs * groups)
+
+
 def layers_in(names: Collection[str]) -> list[str]:
     """The quantized layers among the tensors of a checkpoint."""
     return [name.removesuffix(PACKED) for name in names if name.endswith(PACKED)]
@@ -138,9 +150,9 @@ def read_layer(name: str, shape: tuple[int, int], scheme: Scheme, read: Read, fo
             f"{folder}: {name} has {inputs} inputs, which groups of {group} do not divide", DAMAGED
         )
     groups = inputs // group
-    words = _read(name + PACKED, (outputs, words_for(inputs, scheme.bits)), torch.int32, read, folder)
-    scale = _read(name + SCALE, (outputs, groups), None, read, folder).float()
-    said = _read(name + SHAPE, (2,), None, read, folder)
+    words = _read(name + PACKED, (outputs, words_for(inputs, scheme.bits)), (torch.int32,), read, folder)
+    scale = _read(name + SCALE, (outputs, groups), FLOATS, read, folder).float()
+    said = _read(name + SHAPE, (2,), (torch.int64, torch.int32), read, folder)
     if said.tolist() != [outputs, inputs]:
         raise UserError(
             f"{folder}: tensor {name}{SHAPE} says {said.tolist()}, but config.json asks for {list(shape)}",
@@ -150,18 +162,21 @@ def read_layer(name: str, shape: tuple[int, int], scheme: Scheme, read: Read, fo
         raise UserError(f"{folder}: tensor {name}{SCALE} holds numbers that are no scales", DAMAGED)
     zero = None
     if not scheme.symmetric:
-        packed = _read(name + ZERO, (words_for(outputs, scheme.bits), groups), torch.int32, read, folder)
+        packed = _read(name + ZERO, (words_for(outputs, scheme.bits), groups), (torch.int32,), read, folder)
         zero = unpack_words(packed.t().contiguous(), scheme.bits, outputs).t().contiguous()
     return Quantized(unpack_words(words, scheme.bits, inputs), scale, zero, scheme.bits)
 
 
-def _read(name: str, shape: tuple[int, ...], dtype: torch.dtype | None, read: Read, folder: Path) -> Tensor:
+def _read(
+    name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], read: Read, folder: Path
+) -> Tensor:
     try:
         tensor = read(name)
     except KeyError:
         raise UserError(f"{folder}: missing tensors: {name}", DAMAGED) from None
-    if tuple(tensor.shape) != shape or (dtype is not None and tensor.dtype != dtype):
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        found, wanted = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, dtypes[0]))
         raise UserError(
-            f"{folder}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, not {list(shape)}", DAMAGED
+            f"{folder}: tensor {name} is {found} {list(tensor.shape)}, not {wanted} {list(shape)}", DAMAGED
         )
     return tensor

@@ -44,9 +44,11 @@ def ready(model: nn.Module) -> None:
         return
     for module in [each for each in model.modules() if isinstance(each, Joinable)]:
         _join(module)
-    for leaf in list(leaves(model)):
-        if _is_plain(leaf.module):
-            swap(model, leaf.name, PrepackedLinear(leaf.module.weight, leaf.module.bias))
+    # by name, so that each layer can go as soon as its copy stands
+    for name in [leaf.name for leaf in leaves(model)]:
+        layer: Any = model.get_submodule(name)
+        if _is_plain(layer):
+            swap(model, name, PrepackedLinear(layer.weight, layer.bias))
 
 
 def _join(module: Joinable) -> None:

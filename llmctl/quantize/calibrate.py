@@ -70,6 +70,18 @@ def quantize_blocks(
     return found
 
 
+@torch.no_grad()
+def refuse_not_finite(model: LlmctlForCausalLM, batch: Mapping[str, Tensor]) -> None:
+    """Raise UserError with the name of the first leaf that a batch gives a number that is none."""
+
+    def seen(leaf: Leaf, x: Tensor) -> None:
+        if not bool(x.isfinite().all()):
+            raise _not_finite(leaf.name, "its inputs are not finite")
+
+    with _inputs([leaf for leaf in leaves(model) if leaf.kind == "linear"], seen):
+        model.model(batch["input_ids"].to(model.device), position_ids=batch["position_ids"].to(model.device))
+
+
 def real_tokens(labels: Tensor, position_ids: Tensor) -> Tensor:
     """True [B, T] where a token is not padding.
 
@@ -230,5 +242,5 @@ def output_error(weight: Tensor, other: Tensor, hessian: Tensor) -> float:
 def _not_finite(name: str, what: str) -> UserError:
     return UserError(
         f"{name}: {what}",
-        "the checkpoint is broken, or its numbers are too large for their type: try float32",
+        "the checkpoint is broken, or its numbers are too large even for float32",
     )

@@ -39,7 +39,7 @@ class QuantizeSection(Section):
     calibration: list[str] = about("quantize.calibration", [])
     calibration_rows: int = about("quantize.calibration_rows", 128, ge=1)
     act_order: bool = about("quantize.act_order", True)
-    damping: float = about("quantize.damping", 0.01, gt=0)
+    damping: float = about("quantize.damping", 0.01, gt=0, le=10)
 
     @model_validator(mode="after")
     def settings_belong_to_the_method(self) -> Self:

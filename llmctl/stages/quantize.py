@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from llmctl.data.batches import eval_batches
+from llmctl.data.batches import TooLittle, eval_batches
 from llmctl.errors import UserError
 from llmctl.files import read_json, write_atomic
 from llmctl.kernels.device import pick_device
@@ -22,7 +22,7 @@ from llmctl.model.checkpoint import FILES, save_quantized
 from llmctl.model.compressed import Scheme, scheme_in
 from llmctl.model.open import open_folded, stored_dtype
 from llmctl.quantize.absmax import absmax
-from llmctl.quantize.calibrate import quantize_blocks
+from llmctl.quantize.calibrate import quantize_blocks, refuse_not_finite
 from llmctl.quantize.gptq import Gptq
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.quantize import QuantizeRecipe, QuantizeSection
@@ -39,8 +39,9 @@ from llmctl.tokenizer.load import fingerprint, load_tokenizer
 from llmctl.tokenizer.template import stop_ids, template_hash
 
 STAGE = "quantize"
+LONGEST = 2048  # tokens of a row where the recipe sets none: what is remembered of all rows grows with it
 HELD_OUT = 0.25  # of the calibration documents, to measure on where nothing else is named
-CALIBRATION_BATCH = 8  # rows in a forward pass; it bounds memory, not the result
+CALIBRATION_BATCH = 8  # rows in a forward pass
 CARD = "README.md"
 
 
@@ -65,13 +66,15 @@ def run(recipe: QuantizeRecipe, talk: Talk) -> RunResult:
     by, held = _rows(recipe, tokenizer, model.config.max_position_embeddings, talk)
     if recipe.quantize.method == "gptq":
         _refuse_short(model, by, recipe.quantize, chosen)
+    pad = pad_id_of(tokenizer)
+    refuse_not_finite(model, next(eval_batches(held.laid, batch_size=recipe.compare.batch_size, pad_id=pad)))
     with Run.start(
         STAGE,
         out,
         dump_recipe(recipe.model_copy(update={"out": None})),
         **_manifest(recipe.base, folder, tokenizer, by, held, recipe),
     ) as opened:
-        matrices = METHODS[recipe.quantize.method](model, by, recipe.quantize, pad_id_of(tokenizer), talk)
+        matrices = METHODS[recipe.quantize.method](model, by, recipe.quantize, pad, talk)
         found: dict[str, Any] = {}
         write = partial(_write_and_measure, folder, model, matrices, held, recipe, tokenizer, found)
         install(write, out)
@@ -129,6 +132,7 @@ def _rows(
             "no data to measure the receipt on", "name some with --eval-data FILE or --calibration FILE"
         )
     length = row_length(receipt.max_length, longest, "compare.max_length")
+    length = length if receipt.max_length else min(length, LONGEST)
     data = SftData(
         train=settings.calibration,
         eval=receipt.data,
@@ -138,7 +142,12 @@ def _rows(
     )
     if not settings.calibration:
         return None, read_rows(receipt.data, data, tokenizer, length, talk, wanted=True)
-    by, held = talk_rows(data, tokenizer, length, 0, talk, wanted=True)
+    try:
+        by, held = talk_rows(data, tokenizer, length, 0, talk, wanted=True)
+    except TooLittle as error:
+        raise UserError(
+            error.message, "give more text, or name some to measure on with --eval-data"
+        ) from None
     assert held is not None  # the fraction is not 0
     return by, held
 

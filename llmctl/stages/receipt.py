@@ -12,7 +12,7 @@ from llmctl.engine.speed import decoding_speeds
 from llmctl.kernels.device import Compute
 from llmctl.kernels.quantized import Quantized
 from llmctl.model import LlmctlForCausalLM, leaves
-from llmctl.model.compressed import SHAPE, stored
+from llmctl.model.compressed import stored_bytes
 from llmctl.model.packed import paths_of
 from llmctl.recipe.quantize import QuantizeRecipe
 from llmctl.stages.compare import held_together
@@ -36,8 +36,7 @@ def sizes(model: LlmctlForCausalLM, matrices: Mapping[str, Quantized], target: P
     """
     whole = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     weights = sum(matrix.codes.numel() for matrix in matrices.values())
-    tensors = [stored(name, matrix) for name, matrix in matrices.items()]
-    packed = sum(t.nbytes for held in tensors for name, t in held.items() if not name.endswith(SHAPE))
+    packed = sum(stored_bytes(matrix) for matrix in matrices.values())
     return {
         "size_bytes_before": whole,
         "size_bytes": sum(file.stat().st_size for file in target.glob("*.safetensors")),

@@ -85,3 +85,23 @@ def test_shell_completion() -> None:
         [sys.executable, "-m", "llmctl", "--show-completion", "bash"], capture_output=True, text=True
     )
     assert "_LLMCTL_COMPLETE" in shown.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("line", ["recipe schema", "--help", "runs list"])
+def test_a_full_disk_behind_stdout_is_told(line: str, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "run.json").write_text('{"stage": "pretrain", "status": "done"}')
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "llmctl", *line.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        "error: the disk is full, so the result could not be written\n"
+        "hint: free some space, or send stdout elsewhere\n"
+    )

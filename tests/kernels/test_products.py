@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
@@ -92,13 +97,46 @@ def test_the_fast_path_is_near_and_is_the_one_expected(name: str, tokens: int) -
     assert float((found - wanted).norm() / wanted.norm()) < bound
 
 
-def test_what_becomes_of_a_token_does_not_depend_on_its_neighbours() -> None:
+def test_a_small_token_is_not_lost_beside_a_large_one() -> None:
     m = matrix("int8 by channel")
     product = PRODUCTS["int8"](m, CPU)
     small, large = torch.randn(1, 96), torch.randn(1, 96) * 1000
     among = product(torch.cat([large, small]))[1]
     wanted = small.double() @ definition(m).T
     assert float((among - wanted).norm() / wanted.norm()) < 0.012
+
+
+@pytest.mark.parametrize("path", PRODUCTS)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_token_that_is_not_finite_gives_nan_and_no_error(path: str, tokens: int) -> None:
+    name = next(name for name, case in CASES.items() if case[-1] == path)
+    x = torch.ones(tokens, matrix(name).codes.shape[1])
+    x[0, 0] = torch.nan
+    assert PRODUCTS[path](matrix(name), CPU)(x)[0].isnan().all()
+
+
+SATURATING = """
+import torch
+from llmctl.kernels.products import PRODUCTS, ExactProduct
+from llmctl.kernels.quantized import Quantized
+m = Quantized(torch.randint(64, 127, (64, 256), dtype=torch.int8), torch.ones(64, 1), None, 8)
+x, cpu = torch.rand(1, 256), torch.device("cpu")
+exact, fast = ExactProduct(m, cpu)(x), PRODUCTS["int8"](m, cpu)(x)
+print(float((fast - exact).norm() / exact.norm()))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="an instruction set of x86")
+def test_a_processor_whose_byte_products_overflow_gets_narrower_tokens() -> None:
+    environment = {**os.environ, "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SATURATING],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    assert float(done.stdout) < 0.005
 
 
 @pytest.mark.parametrize("path", PRODUCTS)

@@ -121,15 +121,19 @@ DAMAGE: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "codes are missing": (without(f"{Q}.weight_packed"), f"missing tensors: {Q}.weight"),
     "codes cut short": (
         other(f"{Q}.weight_packed", lambda x: x[:, :-1]),
-        f"tensor {Q}.weight_packed is torch.int32 [64, 7], not [64, 8]",
+        f"tensor {Q}.weight_packed is int32 [64, 7], not int32 [64, 8]",
     ),
     "codes of another type": (
         other(f"{Q}.weight_packed", lambda x: x.to(torch.int64)),
-        f"tensor {Q}.weight_packed is torch.int64 [64, 8], not [64, 8]",
+        f"tensor {Q}.weight_packed is int64 [64, 8], not int32 [64, 8]",
     ),
     "scales transposed": (
         other(f"{Q}.weight_scale", lambda x: x.t()),
-        f"tensor {Q}.weight_scale is torch.float32 [2, 64], not [64, 2]",
+        f"tensor {Q}.weight_scale is float32 [2, 64], not float32 [64, 2]",
+    ),
+    "scales that are no numbers": (
+        other(f"{Q}.weight_scale", lambda x: x > 0),
+        f"tensor {Q}.weight_scale is bool [64, 2], not float32 [64, 2]",
     ),
     "a scale of zero": (
         other(f"{Q}.weight_scale", lambda x: x * 0),
@@ -181,6 +185,14 @@ CONFIGS: dict[str, tuple[Callable[[dict], object], str]] = {
         lambda c: c["config_groups"]["group_0"]["weights"].update(actorder="group"),
         "quantization_config asks for what is not supported: "
         "num_bits 4, type int, strategy group, group_size 32, actorder group",
+    ),
+    "a group that is a list": (
+        lambda c: c["config_groups"].update(group_0=[]),
+        "quantization_config does not say how weights are stored",
+    ),
+    "weights that are a list": (
+        lambda c: c["config_groups"]["group_0"].update(weights=[8]),
+        "quantization_config does not say how weights are stored",
     ),
     "not compressed": (
         lambda c: c.update(quantization_status="frozen"),

@@ -207,7 +207,7 @@ def test_a_model_in_bfloat16() -> None:
         assert torch.equal(model.get_submodule(name).weight, codes.dequantize().bfloat16())
 
 
-LARGE = "the checkpoint is broken, or its numbers are too large for their type: try float32"
+LARGE = "the checkpoint is broken, or its numbers are too large even for float32"
 # what is spoiled -> (its new value, the message)
 SPOILED = {
     "model.layers.1.mlp.up_proj.weight": (

@@ -310,6 +310,29 @@ BAD = {
             )
         ),
     ),
+    "out is what a run left that did not finish": Bad(
+        f"quantize sharp {' '.join(TEXT)} --out left",
+        "left: holds what is left of a run that did not finish",
+        "delete it, or choose another --out",
+        file("left/run.json", json.dumps({"stage": "quantize", "status": "failed"})),
+    ),
+    "nothing left to measure on": Bad(
+        "quantize sharp --calibration short.txt --out out",
+        "too little text to hold any out for evaluation: it fits in one row",
+        "give more text, or name some to measure on with --eval-data",
+        file("short.txt", "Hi"),
+    ),
+    "inputs that are not finite": Bad(
+        f"quantize sharp {' '.join(TEXT)} --out out",
+        "model.layers.0.self_attn.q_proj: its inputs are not finite",
+        "the checkpoint is broken, or its numbers are too large even for float32",
+        not_finite("model.layers.0.input_layernorm.weight", math.inf),
+    ),
+    "damping beyond all bounds": Bad(
+        "quantize sharp --method gptq quantize.damping=20",
+        "command line: quantize.damping: should be less than or equal to 10, not 20",
+        f"{EXPLAINED} quantize.damping",
+    ),
     "out is occupied": Bad(
         f"quantize sharp {' '.join(TEXT)} --out sharp",
         "sharp: the folder is not empty",
