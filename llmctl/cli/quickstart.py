@@ -34,10 +34,12 @@ def quickstart(
     """
     from llmctl.stages import quickstart as stage
 
-    result = stage.run(out, seed, device, make_talk())
+    talk = make_talk()
+    result = stage.run(out, seed, device, talk)
     if as_json:
         print_json(result)
         return
+    talk.say("")
     print_table(HEADER, [cells(row) for row in result["rows"]])
     print("", *NOTES, sep="\n")
     took, memory = duration(result["seconds"]), size(result["peak_memory_bytes"])

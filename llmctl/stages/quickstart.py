@@ -29,7 +29,7 @@ from llmctl.recipe.load import load_recipe
 from llmctl.runs import MANIFEST, RUNS, RunResult, check_out, read_manifest
 from llmctl.stages import chat
 from llmctl.stages.lifecycle import STEPS, Step, changed, measured
-from llmctl.talk import Bar, Talk
+from llmctl.talk import SILENT, Bar, Talk
 
 RECORD = "quickstart.json"
 
@@ -69,7 +69,7 @@ def run(out: str | None, seed: int | None, device: str | None, talk: Talk) -> di
         "seconds": sum(row["seconds"] + row["measuring"] for row in rows),
         "peak_memory_bytes": record.peak,
         "model": str(model),
-        "exchange": _exchange(conversation(str(model), seed, device), talk),
+        "exchange": _exchange(conversation(str(model), seed, device)),
     }
 
 
@@ -187,10 +187,10 @@ def _is_stale(step: Step, out: Path, manifest: Mapping[str, Any]) -> bool:
     return all(parent["hash"] != now for parent in manifest["parents"])
 
 
-def _exchange(recipe: ChatRecipe, talk: Talk) -> dict[str, str]:
+def _exchange(recipe: ChatRecipe) -> dict[str, str]:
     """The first held-out question, the model's likeliest answer, and the right one."""
     asked = next(one for one in tinyworld.instructions("heldout") if not one["input"])
-    said = chat.begin(recipe, talk).ask(asked["instruction"])
+    said = chat.begin(recipe, SILENT).ask(asked["instruction"])
     return {"prompt": asked["instruction"], "answer": said.text, "expected": asked["output"]}
 
 
