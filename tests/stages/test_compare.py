@@ -93,12 +93,12 @@ def test_a_bound(talking: Path, llmctl: Program) -> None:
 
 
 def test_what_is_out_of_bounds() -> None:
-    limits = CompareSection(min_top1=0.9, max_kl=0.2)
-    assert out_of_bounds({"top1": 0.9, "kl": 0.2}, limits) == []
+    limits = (0.9, 0.2)
+    assert out_of_bounds({"top1": 0.9, "kl": 0.2}, *limits) == []
     low, far = "top-1 agreement 0.8900 is below 0.9", "divergence 0.25 is above 0.2 nats per token"
-    assert out_of_bounds({"top1": 0.89, "kl": 0.25}, limits) == [low, far]
+    assert out_of_bounds({"top1": 0.89, "kl": 0.25}, *limits) == [low, far]
     lost = ["divergence not a number is above 0.2 nats per token"]
-    assert out_of_bounds({"top1": 1.0, "kl": math.nan}, limits) == lost
+    assert out_of_bounds({"top1": 1.0, "kl": math.nan}, *limits) == lost
 
 
 def test_the_listing_and_exit_code(talking: Path, llmctl: Program) -> None:
