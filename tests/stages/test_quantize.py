@@ -78,7 +78,7 @@ def test_gptq_is_written_as_it_is_measured_and_opens_in_transformers(
     torch.testing.assert_close(logits(open_model("out", exact=True)), logits(theirs), rtol=1e-4, atol=1e-4)
 
 
-def test_fewer_bits_diverge_more_and_gptq_less_than_a_transposed_scale(sharp: Path, llmctl: Program) -> None:
+def test_fewer_bits_diverge_more(sharp: Path, llmctl: Program) -> None:
     divergence = [
         did(llmctl("quantize", "sharp", *GPTQ, "--bits", bits, *LOOSE, "--out", f"b{bits}", "--json"))[
             "metrics"
