@@ -12,11 +12,12 @@ from llmctl.cli.progress import make_talk
 from llmctl.cli.tune import checked, show_answers
 
 FEW = 6  # layers that are named; run.json lists them all
+# title, metric before, metric after, how it is shown
 BEFORE_AFTER = (
-    ("weights", "size_bytes", size),
-    ("perplexity", "perplexity", figure),
-    ("tokens/s", "tokens_per_second", figure),
-    ("answers that end", "stop_rate", figure),
+    ("weights", "size_bytes_before", "size_bytes", size),
+    ("perplexity", "perplexity_before", "perplexity", figure),
+    ("tokens/s", "tokens_per_second_before", "tokens_per_second", figure),
+    ("answers that end", "stop_rate_a", "stop_rate_b", figure),
 )
 
 
@@ -64,8 +65,8 @@ def print_receipt(run: str, found: dict[str, Any]) -> None:
     """The answers of both models, then the figures, so that these are what a small screen ends with."""
     show_answers(found.pop("answers", []))
     rows = []
-    for title, name, shown in BEFORE_AFTER:
-        before, after = (found.pop(key, None) for key in _keys(name))
+    for title, *keys, shown in BEFORE_AFTER:
+        before, after = (found.pop(key) for key in keys)
         if before is not None:
             rows.append((title, shown(before), shown(after)))
     print()
@@ -74,7 +75,3 @@ def print_receipt(run: str, found: dict[str, Any]) -> None:
     kept = found.pop("kept")
     named = ", ".join(kept[:FEW]) + (f" and {len(kept) - FEW} more" if len(kept) > FEW else "")
     print_listing({"run": run, **found, "in full": named or "none"})
-
-
-def _keys(name: str) -> tuple[str, str]:
-    return (f"{name}_a", f"{name}_b") if name == "stop_rate" else (f"{name}_before", name)

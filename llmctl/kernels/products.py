@@ -12,7 +12,6 @@ The first two are for the CPU. On any other device the last one runs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
@@ -49,21 +48,18 @@ class ExactProduct:
         """Always."""
         return True
 
-    def matrix(self) -> Quantized:
-        """What it multiplies by."""
-        codes = unpack_words(self.words, self.bits, self.inputs)
-        return Quantized(codes, self.scale, self.zero, self.bits)
-
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix().dequantize().to(x.dtype))
+        codes = unpack_words(self.words, self.bits, self.inputs)
+        matrix = Quantized(codes, self.scale, self.zero, self.bits)
+        return F.linear(x, matrix.dequantize().to(x.dtype))
 
 
 class Int8Product:
     """Dynamic quantization of the tokens (Jacob et al. 2018, arXiv:1712.05877), in fbgemm's kernel.
 
     The kernel rounds all tokens of a call on one grid of 256 steps. Each token is first scaled to a greatest
-    value of 1, so that none is lost beside a larger one; alone, a token of one sign has finer steps. Where a
-    token is not finite all that the call gives is NaN, as for any product with one.
+    value of 1, so that none is lost beside a larger one; alone, a token of one sign has finer steps. The kernel
+    refuses a token that is not finite; all that such a call gives is NaN.
     """
 
     def __init__(self, matrix: Quantized, device: torch.device) -> None:
@@ -104,7 +100,7 @@ class Int4Product:
     def __init__(self, matrix: Quantized, device: torch.device) -> None:
         group = _int4_group(matrix)
         assert group is not None
-        self.group, self.inputs = group, matrix.codes.shape[1]
+        self.group = group
         self.packed = torch._convert_weight_to_int4pack_for_cpu(matrix.codes.to(torch.int32) + 8, 2)
         scale = matrix.scale.repeat_interleave(matrix.group // group, dim=1)
         zero = torch.zeros_like(scale)
@@ -142,15 +138,10 @@ def _multiplies_bytes_exactly() -> bool:
     return bool(((out - 64 * 127).abs() < 127).all())
 
 
-PRODUCTS: dict[str, Callable[[Quantized, torch.device], Product]] = {
+PRODUCTS: dict[str, type[Int8Product | Int4Product | ExactProduct]] = {
     "int8": Int8Product,
     "int4": Int4Product,
     "exact": ExactProduct,
-}
-FITS: dict[str, Callable[[Quantized, torch.device], bool]] = {
-    "int8": Int8Product.fits,
-    "int4": Int4Product.fits,
-    "exact": ExactProduct.fits,
 }
 SAID = {
     "int8": "fbgemm int8, each token rounded to 8 bits",
@@ -161,4 +152,4 @@ SAID = {
 
 def path_of(matrix: Quantized, device: torch.device) -> str:
     """The name of the fastest path that fits; see `PRODUCTS`."""
-    return next(name for name, fits in FITS.items() if fits(matrix, device))
+    return next(name for name, kind in PRODUCTS.items() if kind.fits(matrix, device))

@@ -5,10 +5,14 @@ At one token a call costs as much as its arithmetic, so one product is cheaper t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+
+# linear layers of the same input, and their biases end to end -> one layer, or None if they do not go together
+Beside = Callable[[list[Any], Tensor | None], nn.Module | None]
 
 
 class Joined(nn.Module):
@@ -45,3 +49,15 @@ class Joinable(nn.Module):
         for name in self.projections:
             setattr(self, name, None)
         self.joined = Joined(whole, widths)
+
+
+def join(model: nn.Module, beside: Beside) -> None:
+    """Join the projections of every module of a model, in place, where `beside` makes one layer of them."""
+    for module in [each for each in model.modules() if isinstance(each, Joinable) and each.joined is None]:
+        parts: list[Any] = [getattr(module, name) for name in module.projections]
+        biases = [part.bias.detach() for part in parts if part.bias is not None]
+        if len(biases) not in (0, len(parts)):
+            continue
+        whole = beside(parts, torch.cat(biases) if biases else None)
+        if whole is not None:
+            module.join(whole, [part.out_features for part in parts])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmctl.kernels.products import PRODUCTS, SAID, Product, path_of
 from llmctl.kernels.quantized import Quantized
-from llmctl.model.joined import Joinable
+from llmctl.model.joined import join
 
 
 class PackedLinear(nn.Module):
@@ -51,34 +51,24 @@ class PackedLinear(nn.Module):
 def settle(model: nn.Module, device: torch.device, exact: bool) -> None:
     """Make the packed layers of a model ready to compute, in place; without `exact` joined where they can be."""
     if not exact:
-        for module in [each for each in model.modules() if isinstance(each, Joinable)]:
-            _join(module)
+        join(model, _beside)
     for layer in [each for each in model.modules() if isinstance(each, PackedLinear)]:
         layer.settle(device, exact)
 
 
-def _join(module: Joinable) -> None:
-    parts = [getattr(module, name) for name in module.projections]
-    if not all(isinstance(part, PackedLinear) for part in parts):
-        return
-    whole = beside([part.matrix for part in parts])
-    if whole is not None and len({part.bias is None for part in parts}) == 1:
-        bias = None if parts[0].bias is None else nn.Parameter(torch.cat([part.bias.data for part in parts]))
-        module.join(PackedLinear(whole, bias), [part.out_features for part in parts])
-
-
-def beside(matrices: Sequence[Quantized]) -> Quantized | None:
-    """Matrices of the same input as one; None if they are quantized in different ways."""
-    first = matrices[0]
-    ways = {(m.bits, m.group, m.zero is None) for m in matrices}
-    if len(ways) > 1:
+def _beside(parts: list[Any], bias: Tensor | None) -> PackedLinear | None:
+    """None if the layers are not all packed, and in the same way."""
+    matrices = [part.matrix for part in parts if isinstance(part, PackedLinear)]
+    if len(matrices) < len(parts) or len({(m.bits, m.group, m.zero is None) for m in matrices}) > 1:
         return None
-    return Quantized(
+    zeros = [m.zero for m in matrices if m.zero is not None]
+    whole = Quantized(
         torch.cat([m.codes for m in matrices]),
         torch.cat([m.scale for m in matrices]),
-        None if first.zero is None else torch.cat([m.zero for m in matrices if m.zero is not None]),
-        first.bits,
+        torch.cat(zeros) if zeros else None,
+        matrices[0].bits,
     )
+    return PackedLinear(whole, None if bias is None else nn.Parameter(bias))
 
 
 def paths_of(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmctl.model.joined import Joinable
+from llmctl.model.joined import join
 from llmctl.model.leaves import leaves, swap
 
 LAID_OUT = (torch.bfloat16, torch.float32)
@@ -42,8 +42,7 @@ def ready(model: nn.Module) -> None:
     """
     if not torch.backends.mkldnn.is_available():
         return
-    for module in [each for each in model.modules() if isinstance(each, Joinable)]:
-        _join(module)
+    join(model, _beside)
     # by name, so that each layer can go as soon as its copy stands
     for name in [leaf.name for leaf in leaves(model)]:
         layer: Any = model.get_submodule(name)
@@ -51,12 +50,10 @@ def ready(model: nn.Module) -> None:
             swap(model, name, PrepackedLinear(layer.weight, layer.bias))
 
 
-def _join(module: Joinable) -> None:
-    parts: list[Any] = [getattr(module, name) for name in module.projections]
-    if all(_is_plain(part) for part in parts) and len({part.bias is None for part in parts}) == 1:
-        weight = torch.cat([part.weight.detach() for part in parts])
-        bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
-        module.join(PrepackedLinear(weight, bias), [part.out_features for part in parts])
+def _beside(parts: list[Any], bias: Tensor | None) -> PrepackedLinear | None:
+    if not all(_is_plain(part) for part in parts):
+        return None
+    return PrepackedLinear(torch.cat([part.weight.detach() for part in parts]), bias)
 
 
 def _is_plain(layer: nn.Module) -> bool:

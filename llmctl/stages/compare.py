@@ -16,7 +16,7 @@ from llmctl.model import LlmctlForCausalLM
 from llmctl.model.open import open_config, open_model
 from llmctl.recipe.tune import CompareRecipe, CompareRows, SftData
 from llmctl.stages.rows import TalkRows, read_rows, require_data
-from llmctl.stages.text import pad_id_of, refuse_mismatch, refuse_swapped_tokenizer, row_length
+from llmctl.stages.text import fitting_tokenizer, pad_id_of, row_length
 from llmctl.talk import Talk
 from llmctl.tokenizer.choose import OWN, choose_template
 from llmctl.tokenizer.load import fingerprint, load_tokenizer
@@ -40,14 +40,7 @@ def run(recipe: CompareRecipe, talk: Talk) -> dict[str, Any]:
 
 def shared_rows(a: str, b: str, settings: CompareRows, talk: Talk) -> TalkRows:
     """The data as rows for both models. Raises UserError if they would not read the same ids."""
-    tokenizers = []
-    for where in (a, b):
-        config = open_config(where)
-        tokenizer = load_tokenizer(where)
-        refuse_swapped_tokenizer(tokenizer, where)
-        refuse_mismatch(tokenizer, config.vocab_size, where)
-        tokenizers.append(tokenizer)
-    one, other = tokenizers
+    one, other = (fitting_tokenizer(where) for where in (a, b))
     if fingerprint(one) != fingerprint(other):
         raise UserError(
             f"{a} and {b} have different tokenizers, so their tokens cannot be compared",
@@ -61,7 +54,7 @@ def shared_rows(a: str, b: str, settings: CompareRows, talk: Talk) -> TalkRows:
     longest = min(open_config(where).max_position_embeddings for where in (a, b))
     length = row_length(settings.max_length, longest, "compare.max_length")
     data = SftData(train=settings.data, text_field=settings.text_field, overlong="truncate", packing=False)
-    return read_rows(settings.data, data, one, length, talk, wanted=True)
+    return read_rows(settings.data, data, one, length, talk, measured=True)
 
 
 def held_together(

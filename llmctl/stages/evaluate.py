@@ -15,23 +15,21 @@ from llmctl.evaluate.intervals import share_interval
 from llmctl.evaluate.perplexity import score
 from llmctl.kernels.device import Compute, pick_compute
 from llmctl.model import LlmctlForCausalLM
-from llmctl.model.open import open_config, open_model
+from llmctl.model.open import open_model
 from llmctl.recipe.schema import EvalRecipe, EvalSection
 from llmctl.recipe.tune import SftData
 from llmctl.stages.rows import read_rows
 from llmctl.stages.text import (
     TextRows,
     encoder_of,
+    fitting_tokenizer,
     pad_id_of,
-    refuse_mismatch,
-    refuse_swapped_tokenizer,
     row_length,
     score_rows,
     tell,
 )
 from llmctl.talk import Talk
 from llmctl.tokenizer.choose import OWN, choose_template
-from llmctl.tokenizer.load import load_tokenizer
 
 
 def run(recipe: EvalRecipe, talk: Talk) -> dict[str, Any]:
@@ -47,11 +45,8 @@ def run(recipe: EvalRecipe, talk: Talk) -> dict[str, Any]:
         raise UserError("no data to score", "name files with --data FILE")
     assert recipe.base is not None
     compute = pick_compute(recipe.device, settings.dtype, "eval.dtype")
-    open_config(recipe.base)  # a broken config.json would look like a broken tokenizer
-    tokenizer = load_tokenizer(recipe.base)
+    tokenizer = fitting_tokenizer(recipe.base)
     model = open_model(recipe.base, compute.dtype, compute.device)
-    refuse_mismatch(tokenizer, model.config.vocab_size, recipe.base)
-    refuse_swapped_tokenizer(tokenizer, recipe.base)
     length = row_length(settings.max_length, model.config.max_position_embeddings, "eval.max_length")
     if settings.answers:
         return _answers(model, tokenizer, settings, compute, length, talk)

@@ -17,12 +17,11 @@ from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.adapters import is_adapter
 from llmctl.model.checkpoint import FILES
-from llmctl.model.open import open_config, open_folded, open_model
+from llmctl.model.open import open_folded, open_model
 from llmctl.model.ready import ready
 from llmctl.recipe.generate import GenerateRecipe, SamplingSection
-from llmctl.stages.text import refuse_mismatch, refuse_swapped_tokenizer
+from llmctl.stages.text import fitting_tokenizer
 from llmctl.talk import Talk
-from llmctl.tokenizer.load import load_tokenizer
 from llmctl.tokenizer.render import Renderer, RenderError
 from llmctl.tokenizer.stream import TextStream
 from llmctl.tokenizer.template import stop_ids
@@ -54,12 +53,8 @@ def open_writer(
     Args:
         field: what the recipe calls `dtype`.
     """
-    open_config(where)  # a broken config.json would look like a broken tokenizer
-    tokenizer = load_tokenizer(where)
-    model = load_for_generation(where, device, dtype, field)
-    refuse_mismatch(tokenizer, model.config.vocab_size, where)
-    refuse_swapped_tokenizer(tokenizer, where)
-    return model, tokenizer
+    tokenizer = fitting_tokenizer(where)
+    return load_for_generation(where, device, dtype, field), tokenizer
 
 
 def load_for_generation(

@@ -32,17 +32,17 @@ from llmctl.stages.compare import out_of_bounds, refuse_drift
 from llmctl.stages.finish import install
 from llmctl.stages.receipt import card, measured, sizes
 from llmctl.stages.rows import TalkRows, read_rows, talk_rows
-from llmctl.stages.text import pad_id_of, parent, refuse_mismatch, refuse_swapped_tokenizer, row_length
+from llmctl.stages.text import fitting_tokenizer, pad_id_of, parent, row_length
 from llmctl.talk import Talk
 from llmctl.tokenizer.choose import OWN, choose_template
-from llmctl.tokenizer.load import fingerprint, load_tokenizer
+from llmctl.tokenizer.load import fingerprint
 from llmctl.tokenizer.template import stop_ids, template_hash
 
 STAGE = "quantize"
 LONGEST = 2048  # tokens of a row where the recipe sets none: what is remembered of all rows grows with it
 HELD_OUT = 0.25  # of the calibration documents, to measure on where nothing else is named
 CALIBRATION_BATCH = 8  # rows in a forward pass
-CARD = "README.md"
+CARD_FILE = "README.md"
 
 
 def run(recipe: QuantizeRecipe, talk: Talk) -> RunResult:
@@ -59,9 +59,12 @@ def run(recipe: QuantizeRecipe, talk: Talk) -> RunResult:
     _refuse_quantized(folder)
     out = Path(recipe.out) if recipe.out else default_out(STAGE)
     check_out(out, resumable=False)
-    device = pick_device(recipe.device)
+    _refuse_no_data(recipe)
+    device, tokenizer = pick_device(recipe.device), fitting_tokenizer(recipe.base)
     model = open_folded(folder, torch.float32, device)
-    tokenizer = _tokenizer(recipe.base, model, talk)
+    choice = choose_template(tokenizer, OWN)
+    if choice.said:
+        talk.say(choice.said)
     chosen = _chosen(model, recipe.quantize)
     by, held = _rows(recipe, tokenizer, model.config.max_position_embeddings, talk)
     if recipe.quantize.method == "gptq":
@@ -90,16 +93,6 @@ def _refuse_quantized(folder: Path) -> None:
         )
 
 
-def _tokenizer(where: str, model: LlmctlForCausalLM, talk: Talk) -> PreTrainedTokenizerFast:
-    tokenizer = load_tokenizer(where)
-    refuse_swapped_tokenizer(tokenizer, where)
-    refuse_mismatch(tokenizer, model.config.vocab_size, where)
-    choice = choose_template(tokenizer, OWN)
-    if choice.said:
-        talk.say(choice.said)
-    return tokenizer
-
-
 def _chosen(model: LlmctlForCausalLM, settings: QuantizeSection) -> list[str]:
     """The leaves that are quantized. Raises UserError if there is none, or a weight is not finite."""
     inside = [leaf for leaf in leaves(model) if leaf.kind == "linear"]
@@ -120,17 +113,20 @@ def _chosen(model: LlmctlForCausalLM, settings: QuantizeSection) -> list[str]:
     return chosen
 
 
+def _refuse_no_data(recipe: QuantizeRecipe) -> None:
+    if recipe.quantize.method == "gptq" and not recipe.quantize.calibration:
+        raise UserError("gptq needs text to quantize by", "name some with --calibration FILE")
+    if not recipe.quantize.calibration and not recipe.compare.data:
+        raise UserError(
+            "no data to measure the receipt on", "name some with --eval-data FILE or --calibration FILE"
+        )
+
+
 def _rows(
     recipe: QuantizeRecipe, tokenizer: PreTrainedTokenizerFast, longest: int, talk: Talk
 ) -> tuple[TalkRows | None, TalkRows]:
     """Rows to quantize by, if any are named, and rows to measure on, disjoint from them."""
     settings, receipt = recipe.quantize, recipe.compare
-    if settings.method == "gptq" and not settings.calibration:
-        raise UserError("gptq needs text to quantize by", "name some with --calibration FILE")
-    if not settings.calibration and not receipt.data:
-        raise UserError(
-            "no data to measure the receipt on", "name some with --eval-data FILE or --calibration FILE"
-        )
     length = row_length(receipt.max_length, longest, "compare.max_length")
     length = length if receipt.max_length else min(length, LONGEST)
     data = SftData(
@@ -141,9 +137,9 @@ def _rows(
         overlong="truncate",
     )
     if not settings.calibration:
-        return None, read_rows(receipt.data, data, tokenizer, length, talk, wanted=True)
+        return None, read_rows(receipt.data, data, tokenizer, length, talk, measured=True)
     try:
-        by, held = talk_rows(data, tokenizer, length, 0, talk, wanted=True)
+        by, held = talk_rows(data, tokenizer, length, 0, talk, measured=True)
     except TooLittle as error:
         raise UserError(
             error.message, "give more text, or name some to measure on with --eval-data"
@@ -241,7 +237,7 @@ def _write_and_measure(
     assert bounds.min_top1 is not None and bounds.max_kl is not None
     found |= {"method": settings.method, "bits": settings.bits, "group_size": settings.group_size}
     found |= sizes(model, matrices, target) | measured(folder, target, held, recipe)
-    write_atomic(target / CARD, card(recipe, found))
+    write_atomic(target / CARD_FILE, card(recipe, found))
     refuse_drift(out_of_bounds(found, bounds.min_top1, bounds.max_kl), folder, "the quantized model")
 
 

@@ -97,18 +97,18 @@ def talk_rows(
     seed: int,
     talk: Talk,
     *,
-    wanted: bool = False,
+    measured: bool = False,
 ) -> tuple[TalkRows, TalkRows | None]:
     """Training rows, and evaluation rows from `data.eval` or held out of the training records.
 
-    Says what was read, kept, dropped and cut. `wanted` is for data that is only measured on; see `read_rows`.
+    Says what was read, kept, dropped and cut. `measured` is for data that no model is trained on; see `read_rows`.
 
     Raises UserError: as `examples` and `Encoder.rows`; no row is left; more than a tenth would be
     dropped for their length without `data.overlong` saying so.
     """
-    made = read_rows(data.train, data, tokenizer, max_length, talk, wanted=wanted)
+    made = read_rows(data.train, data, tokenizer, max_length, talk, measured=measured)
     if data.eval:
-        return made, read_rows(data.eval, data, tokenizer, max_length, talk, wanted=wanted)
+        return made, read_rows(data.eval, data, tokenizer, max_length, talk, measured=measured)
     kept, held = split_holdout(made.laid.pieces, data.eval_fraction, seed)
     kept = replace(kept, counts=made.laid.pieces.counts)
     lay = _layer(made, data.packing)
@@ -122,24 +122,24 @@ def read_rows(
     max_length: int,
     talk: Talk,
     *,
-    wanted: bool = False,
+    measured: bool = False,
 ) -> TalkRows:
     """All records of some sources as rows; see `talk_rows`.
 
     Args:
-        wanted: for data that is only measured on: of preferences the chosen answers, and whole texts, split
+        measured: the data is only measured on: of preferences the chosen answers, and whole texts, split
             into rows, whatever `data.overlong` says of conversations.
     """
     account = Account(noun="record")
     read = examples(sources, data.text_field, account)
     encoder = Encoder(tokenizer, data.mask_prompt)
-    rows = list(encoder.rows(counted(map(_wanted, read) if wanted else read, talk)))
+    rows = list(encoder.rows(counted(map(_wanted, read) if measured else read, talk)))
     # texts first: they are cut by another rule than conversations, and the order of rows is shuffled anyway
     rows.sort(key=lambda row: not row.is_text)
     ids, trained, doc_start = flat(rows)
     places = [row.place for row in rows]
     texts = sum(row.is_text for row in rows)
-    policies = ("split" if wanted else data.overlong, data.overlong)
+    policies = ("split" if measured else data.overlong, data.overlong)
     found = _cut(doc_start, texts, policies, max_length, places)
     pieces = _useful(found, trained)
     lengths = np.diff(doc_start)

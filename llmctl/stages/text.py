@@ -16,10 +16,11 @@ from llmctl.errors import UserError
 from llmctl.evaluate.perplexity import Score, score
 from llmctl.kernels.device import Compute
 from llmctl.model import LlmctlForCausalLM, compile_blocks, recompute_activations
+from llmctl.model.open import open_config
 from llmctl.recipe.schema import DataSection, TrainSection
 from llmctl.runs import Parent, folder_hash, run_of
 from llmctl.talk import Talk
-from llmctl.tokenizer.load import encode_batch, fingerprint
+from llmctl.tokenizer.load import encode_batch, fingerprint, load_tokenizer
 from llmctl.tokenizer.template import template_hash
 
 
@@ -36,6 +37,19 @@ def token_ids(tokenizer: PreTrainedTokenizerFast, stop: list[int]) -> dict[str, 
         "eos_token_id": stop[0] if len(stop) == 1 else stop or None,
         "pad_token_id": tokenizer.pad_token_id,
     }
+
+
+def fitting_tokenizer(where: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model that is used as it is.
+
+    Raises UserError: config or tokenizer cannot be read, they do not fit each other, or the tokenizer is not the
+    one of the run.
+    """
+    config = open_config(where)  # first: a broken config.json would look like a broken tokenizer
+    tokenizer = load_tokenizer(where)
+    refuse_mismatch(tokenizer, config.vocab_size, where)
+    refuse_swapped_tokenizer(tokenizer, where)
+    return tokenizer
 
 
 def refuse_mismatch(tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: str) -> None:
