@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.context import plain_context
-from llmctl.model.state import DenseState
+from llmctl.model.state import State
 
 
 class Session:
-    """Keys and values of one row, written in place.
+    """What the layers remember of one row, written in place.
 
-    The memory is made as large as a turn asks for, and at least doubles when a later turn asks for more.
+    The memory is made as large as the first turn asks for, and doubles when later ones need more.
 
     Attributes:
         ids: the tokens that are held, from the first.
@@ -24,10 +23,8 @@ class Session:
 
     def __init__(self, model: LlmctlForCausalLM) -> None:
         self.ids: list[int] = []
-        self._stack, self._head = model.model, model.lm_head
-        self._longest: int = model.config.max_position_embeddings
-        self._capacity = 0
-        self._states: list[DenseState] = []
+        self._stack, self._head = model.model, model.head
+        self._states: list[State] = []
 
     @torch.inference_mode()
     def generate(
@@ -49,7 +46,8 @@ class Session:
         """
         # the last id is run in any case: its logits were not kept
         self._forget_after(min(_shared(self.ids, prompt_ids), len(prompt_ids) - 1))
-        self._reserve(len(prompt_ids) + max_new_tokens)
+        if not self._states:
+            self._states = self._stack.init_states(1, len(prompt_ids) + max_new_tokens)
         new = prompt_ids[len(self.ids) :]
         for _ in range(max_new_tokens):
             token = int(sample(self._read(new)))
@@ -62,26 +60,16 @@ class Session:
         """Run new tokens; logits [1, V] after the last one."""
         device = self._stack.embed_tokens.weight.device
         ctx = plain_context(len(ids), len(self.ids), device)
-        embedded = self._stack.embed_tokens(torch.tensor([ids], device=device))
+        embedded = self._stack.embed(torch.tensor([ids], device=device), ctx)
         hidden = self._stack.run(embedded, ctx, self._states)
         self.ids += ids
         return self._head(hidden[:, -1])
 
     def _forget_after(self, length: int) -> None:
+        # a pass that was broken off wrote into some of the layers only, and some layers forget all or nothing
+        for _ in range(2):
+            length = min([length, *(state.cut(length) for state in self._states)])
         del self.ids[length:]
-        for state in self._states:
-            # a pass that was broken off wrote into some of the layers only
-            state.length = length
-
-    def _reserve(self, capacity: int) -> None:
-        if capacity <= self._capacity:
-            return
-        self._capacity = max(capacity, min(2 * self._capacity, self._longest))
-        # the mixers there are keep dense states, which can be cut back
-        made = cast(list[DenseState], self._stack.init_states(1, self._capacity))
-        for old, new in zip(self._states, made, strict=False):
-            new.append(old.keys[:, :, : old.length], old.values[:, :, : old.length])
-        self._states = made
 
 
 def _shared(one: list[int], other: list[int]) -> int:

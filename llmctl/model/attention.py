@@ -1,22 +1,20 @@
 """Attention mixers: tokens exchange information, [B, T, E] -> [B, T, E].
 
-Shape legend: B rows, H query heads, G key/value heads, T tokens, D head width, E hidden width.
+Shape legend: B rows, H query heads, G key/value heads, T tokens, S keys, D head width, E hidden width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from llmctl.kernels.attention import attend
+from llmctl.kernels.attention import Scores, attend
 from llmctl.kernels.rowwise import rotate
 from llmctl.model.context import Context
 from llmctl.model.joined import Joinable
 from llmctl.model.norms import NORMS
-from llmctl.model.patterns import PATTERNS
-from llmctl.model.state import DenseState, KeyValueState
+from llmctl.model.patterns import pattern_of
+from llmctl.model.state import KeyValueState, TokenState
 from llmctl.recipe.model import ModelSection
 
 
@@ -31,8 +29,9 @@ class GroupedQueryAttention(Joinable):
     def __init__(self, model: ModelSection, layer: int) -> None:
         super().__init__()
         assert model.head_dim is not None and model.num_key_value_heads is not None
-        self.head_dim, self.kv_heads = model.head_dim, model.num_key_value_heads
-        self.pattern = PATTERNS[model.layer_pattern(layer)](model)
+        self.layer, self.head_dim, self.kv_heads = layer, model.head_dim, model.num_key_value_heads
+        self.pattern = pattern_of(model, layer)
+        self.scores, self.dropout = score_settings(model), model.attention_dropout
         width = model.hidden_size
         inner, kv_inner = model.num_attention_heads * model.head_dim, self.kv_heads * model.head_dim
         qkv_bias, out_bias = model.attention_bias != "none", model.attention_bias == "all"
@@ -44,36 +43,95 @@ class GroupedQueryAttention(Joinable):
         self.k_norm: nn.Module | None = None
         if model.qk_norm:
             norm = NORMS[model.norm]
-            self.q_norm = norm(model.head_dim, model.rms_norm_eps)
-            self.k_norm = norm(model.head_dim, model.rms_norm_eps)
+            self.q_norm = norm(model.head_dim, model.norm_eps)
+            self.k_norm = norm(model.head_dim, model.norm_eps)
 
     def forward(self, x_BTE: Tensor, ctx: Context, state: KeyValueState | None) -> Tensor:
-        q, k, v = map(self._heads, self.projected(x_BTE))
+        q, k, v = (split_heads(x, self.head_dim) for x in self.projected(x_BTE))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if ctx.rotary is not None:
-            cos, sin = (table[:, None] for table in ctx.rotary)
-            q, k = rotate(q, cos, sin).to(_kept(q)), rotate(k, cos, sin).to(_kept(k))
+            q, k = turned(q, ctx.rotary), turned(k, ctx.rotary)
         if state is not None:
             k, v = state.append(k, v)
-        out_BHTD = attend(q, k, v, ctx.visible(self.pattern))
+        note_attention(ctx, self.layer, q, k, v)
+        out_BHTD = attend(q, k, v, ctx.visible(self.pattern), scores_now(self, self.scores, self.dropout))
         return self.o_proj(out_BHTD.transpose(1, 2).flatten(2).to(x_BTE.dtype))
 
     def prepare(self, ctx: Context) -> None:
         """Work out what this layer's queries may see before any block runs, so that blocks only look it up."""
-        ctx.visible(self.pattern)
+        visible = ctx.visible(self.pattern)
+        if ctx.trace is not None:
+            ctx.note(self.layer, "visible", ctx.mask(self.pattern))
+            if ctx.bias is not None and visible.mask is not None:
+                ctx.note(self.layer, "bias", visible.mask)
 
-    def init_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> DenseState:
+    def init_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> TokenState:
         """Empty memory for `capacity` tokens in each of `batch` rows."""
-        return DenseState((batch, self.kv_heads, capacity, self.head_dim), dtype, device)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return TokenState(batch, ((self.kv_heads, self.head_dim),) * 2, capacity, dtype, device)
 
 
-def _kept(x: Tensor) -> torch.dtype:
+class CrossAttention(nn.Module):
+    """Queries of the decoder, keys and values of the encoder's states (Vaswani et al. 2017)."""
+
+    def __init__(self, model: ModelSection, layer: int) -> None:
+        super().__init__()
+        assert model.head_dim is not None and model.num_key_value_heads is not None
+        self.layer, self.head_dim, self.kv_heads = layer, model.head_dim, model.num_key_value_heads
+        self.scores, self.dropout = score_settings(model), model.attention_dropout
+        width = model.hidden_size
+        inner, kv_inner = model.num_attention_heads * model.head_dim, self.kv_heads * model.head_dim
+        qkv_bias, out_bias = model.attention_bias != "none", model.attention_bias == "all"
+        self.q_proj = nn.Linear(width, inner, bias=qkv_bias)
+        self.k_proj = nn.Linear(width, kv_inner, bias=qkv_bias)
+        self.v_proj = nn.Linear(width, kv_inner, bias=qkv_bias)
+        self.o_proj = nn.Linear(inner, width, bias=out_bias)
+
+    def forward(self, x_BTE: Tensor, ctx: Context, state: TokenState | None) -> Tensor:
+        assert ctx.memory is not None, "cross-attention without a memory"
+        q = split_heads(self.q_proj(x_BTE), self.head_dim)
+        if state is not None and state.length:
+            k, v = (part[:, :, : state.length] for part in state.parts)
+        else:
+            k, v = (split_heads(p(ctx.memory.hidden), self.head_dim) for p in (self.k_proj, self.v_proj))
+            if state is not None:
+                k, v = state.append(k, v)
+        out_BHTD = attend(q, k, v, ctx.memory.visible, scores_now(self, self.scores, self.dropout))
+        return self.o_proj(out_BHTD.transpose(1, 2).flatten(2).to(x_BTE.dtype))
+
+    def init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> TokenState:
+        """Empty memory; the first pass fills it with the encoder's keys and values."""
+        return TokenState(batch, ((self.kv_heads, self.head_dim),) * 2, 0, dtype, device)
+
+
+def score_settings(model: ModelSection) -> Scores:
+    """How a model scales and caps its scores."""
+    scalar = model.query_pre_attn_scalar
+    return Scores(None if scalar is None else scalar**-0.5, model.attn_logit_softcapping)
+
+
+def scores_now(module: nn.Module, scores: Scores, dropout: float) -> Scores:
+    """The settings of this pass: dropout only while training."""
+    if not dropout or not module.training:
+        return scores
+    return Scores(scores.scale, scores.softcap, dropout)
+
+
+def split_heads(x_BTI: Tensor, head_dim: int) -> Tensor:
+    """[B, T, H·D] -> [B, H, T, D]."""
+    return x_BTI.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def turned(x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Heads turned by their positions, in the precision that attention keeps."""
+    cos, sin = (table[:, None] for table in rotary)
     # On CPU attention runs in float32 anyway (kernels/attention.py): casting down between would only lose.
-    return torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
+    wide = x_BHTD.device.type == "cpu" and x_BHTD.dtype != torch.float64
+    return rotate(x_BHTD, cos, sin).to(torch.float32 if wide else x_BHTD.dtype)
 
 
-ATTENTIONS: dict[str, Callable[[ModelSection, int], nn.Module]] = {"gqa": GroupedQueryAttention}
+def note_attention(ctx: Context, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What a trace shows of an attention layer: queries, keys and values as scores are computed from them."""
+    if ctx.trace is not None:
+        for name, value in (("queries", q), ("keys", k), ("values", v)):
+            ctx.note(layer, name, value)

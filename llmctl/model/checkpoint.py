@@ -87,7 +87,14 @@ def load_model(
         tensors = _open_weights(folder, stack)
         if scheme is not None:
             tensors = _fill_packed(model, tensors, scheme, folder)
-        _fill(model, tensors, FAMILIES[name].rules if name in FAMILIES else (), dtype, device, folder)
+        _fill(
+            model,
+            tensors,
+            FAMILIES[name].rules(config.spec) if name in FAMILIES else (),
+            dtype,
+            device,
+            folder,
+        )
     model.tie_weights()
     settle(model, torch.device(device), exact=quantized == "exact")
     if model.can_generate():

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from llmctl.recipe.experts import SparseExperts
 from llmctl.recipe.model import ModelSection
 
 MODEL_TYPE = "llmctl"
@@ -27,10 +28,10 @@ class LlmctlConfig(PreTrainedConfig):
         spec = ModelSection.model_validate(fields).resolved()
         for name, value in spec.model_dump().items():
             setattr(self, name, value)
-        # Our patterns mask by position, so a cache must keep every key: transformers' sliding cache would not.
-        self.layer_types = ["full_attention"] * spec.num_hidden_layers
-        kwargs.pop("layer_types", None)
-        super().__post_init__(**kwargs)
+        told = _told(spec)
+        for name, value in told.items():
+            setattr(self, name, value)
+        super().__post_init__(**{name: value for name, value in kwargs.items() if name not in told})
 
     @property
     def spec(self) -> ModelSection:
@@ -41,3 +42,20 @@ class LlmctlConfig(PreTrainedConfig):
     def of(cls, spec: ModelSection, **rest: Any) -> LlmctlConfig:
         """The config of an architecture; `rest` are transformers' own fields, such as eos_token_id."""
         return cls(**spec.model_dump(), **rest)
+
+
+def _told(spec: ModelSection) -> dict[str, Any]:
+    """What transformers and TRL ask a config for under names of their own; each follows from the fields."""
+    told: dict[str, Any] = {
+        # Our patterns mask by position, so a cache must keep every key: transformers' sliding cache would not.
+        "layer_types": ["full_attention"] * spec.num_hidden_layers,
+        "is_encoder_decoder": spec.stack == "encoder_decoder",
+    }
+    if isinstance(spec.experts, SparseExperts):
+        told |= {
+            "num_experts": spec.experts.num_experts,
+            "num_experts_per_tok": spec.experts.num_experts_per_tok,
+            "router_aux_loss_coef": spec.experts.router_aux_loss_coef,
+            "output_router_logits": spec.experts.router_aux_loss_coef > 0,
+        }
+    return told

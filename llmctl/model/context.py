@@ -5,6 +5,7 @@ Shape legend: B rows, T new tokens (queries), S all tokens visible so far (keys,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,6 +39,21 @@ class Tokens:
 
 
 @dataclass
+class Memory:
+    """What cross-attention reads: encoder states `hidden` [B, S, E]; `real` [B, S] is False at padding."""
+
+    hidden: Tensor
+    real: Tensor | None = None
+
+    @property
+    def visible(self) -> Visibility:
+        """Every query sees every real token of the memory."""
+        if self.real is None:
+            return Visibility("open")
+        return Visibility("dense", mask=self.real[:, None, None])
+
+
+@dataclass
 class Context:
     """One forward pass as the mixers see it.
 
@@ -49,6 +65,9 @@ class Context:
         contiguous: every row is one unpadded document whose keys stand at 0 … S-1.
         spans: document lengths over the flattened rows, when nothing is cached and rows are packed.
         rotary: cos and sin [B or 1, T, D/2], set once by the stack that owns the positions.
+        bias: what is added to the scores [B or 1, H, T, S], set by the same.
+        memory: the encoder's states, in the decoder of an encoder–decoder.
+        trace: called with what mixers note of their work, by layer and name; None when nobody looks.
     """
 
     queries: Tokens
@@ -57,7 +76,20 @@ class Context:
     contiguous: bool = False
     spans: tuple[int, ...] | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    bias: Tensor | None = None
+    memory: Memory | None = None
+    trace: Callable[[int, str, Tensor], None] | None = None
     _seen: dict[Pattern, Visibility] = field(default_factory=dict)
+
+    @property
+    def cached(self) -> bool:
+        """Whether there are tokens before the new ones."""
+        return self.keys.position.shape[1] != self.queries.position.shape[1]
+
+    def note(self, layer: int, name: str, value: Tensor) -> None:
+        """Tell whoever traces this pass what a mixer computed."""
+        if self.trace is not None:
+            self.trace(layer, name, value)
 
     def visible(self, pattern: Pattern) -> Visibility:
         """What this pattern lets the queries see; computed once a pass, shared by the layers."""
@@ -75,15 +107,37 @@ class Context:
             allowed = allowed & (query.segment == key.segment)
         return allowed
 
+    def starts(self) -> Tensor | None:
+        """True [B, T] at new tokens that begin a document; None where only the first of a row does, or none."""
+        segment = self.queries.segment
+        if segment is None:
+            return None
+        before = self.keys.segment
+        if before is None:
+            return None
+        T = segment.shape[1]
+        starts = torch.ones_like(segment, dtype=torch.bool)
+        if before.shape[1] > T:
+            starts[:, 0] = before[:, -T] != before[:, -T - 1]
+        starts[:, 1:] = segment[:, 1:] != segment[:, :-1]
+        return starts
+
+    def padding(self) -> Tensor | None:
+        """True [B, T] at new tokens that are padding; None where none is."""
+        return None if self.queries.segment is None else self.queries.segment == 0
+
     def _visibility(self, pattern: Pattern) -> Visibility:
         T, S = self.queries.position.shape[1], self.keys.position.shape[1]
+        if self.bias is not None:
+            return Visibility("dense", mask=self.bias.masked_fill(~self.mask(pattern)[:, None], -torch.inf))
+        causal = self.causality == "causal"
         if self.contiguous and pattern.sees_all(S):
-            if T == 1 or self.causality == "none":
+            if T == 1 or not causal:
                 return Visibility("open")
             if T == S:
                 return Visibility("causal")
-        if self.spans is not None and self.causality == "causal" and pattern.sees_all(max(self.spans)):
-            return Visibility("spans", spans=self.spans)
+        if self.spans is not None and pattern.sees_all(max(self.spans)):
+            return Visibility("spans", spans=self.spans, causal=causal)
         return Visibility("dense", mask=self.mask(pattern)[:, None])
 
 
@@ -142,3 +196,24 @@ def _padded_documents(real: Tensor, position_ids: Tensor) -> Context:
     places = torch.arange(real.shape[1], device=real.device).expand_as(real)
     tokens = Tokens(torch.where(real == 1, position_ids, places), (starts.cumsum(1) + 1) * real)
     return Context(tokens, tokens)
+
+
+def context_of(
+    x: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: int, by_span: bool
+) -> Context:
+    """What the keywords of `forward` say of the tokens `x` [B, T, …], of which `past` are cached before."""
+    length = x.shape[1]
+    if mask is not None:
+        if mask.dim() != 2:
+            raise ValueError(f"attention_mask must be [rows, tokens], not {mask.dim()}-dimensional")
+        if not bool(mask.all()):
+            return padded_context(mask, length, position_ids)
+    if position_ids is None:
+        return plain_context(length, past, x.device)
+    if past == 0 and length > 1:
+        return packed_context(position_ids.expand(x.shape[0], -1), by_span)
+    everything = torch.ones(x.shape[0], past + length, dtype=torch.long, device=x.device)
+    ctx = padded_context(everything, length, position_ids)
+    if bool((ctx.queries.position[:, -1] == past + length - 1).all()):
+        return plain_context(length, past, x.device)
+    return ctx

@@ -6,7 +6,8 @@ call, and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,29 +16,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
 
 from llmctl.files import write_json
 from llmctl.kernels.cross_entropy import IGNORE, linear_cross_entropy
 from llmctl.locate import locate
 from llmctl.model import families
+from llmctl.model.cache import ForeignState, StateCache
 from llmctl.model.config import LlmctlConfig
-from llmctl.model.context import Context, packed_context, padded_context, plain_context
+from llmctl.model.context import context_of
+from llmctl.model.experts import Routing
 from llmctl.model.init import fill, role_of
 from llmctl.model.keymap import Rule, to_disk
-from llmctl.model.stack import Stack
-from llmctl.model.state import FixedPast, KeyValueState
-
-
-class CacheState:
-    """One layer of a transformers cache, seen as a mixer's state."""
-
-    def __init__(self, cache: Cache, layer: int) -> None:
-        self.cache, self.layer = cache, layer
-
-    def append(self, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cache.update(k_BGTD, v_BGTD, self.layer)
+from llmctl.model.stack import Kept, Stack
+from llmctl.model.state import FixedPast, State
+from llmctl.recipe.experts import SparseExperts
+from llmctl.recipe.model import ModelSection
 
 
 class LlmctlPreTrainedModel(PreTrainedModel):
@@ -57,6 +57,11 @@ class LlmctlPreTrainedModel(PreTrainedModel):
             if not getattr(weight, "_is_hf_initialized", False):
                 kind = "norm." if "norm" in type(module).__name__.lower() else "."
                 fill(weight, role_of(kind + name), self.config.spec)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """No: `generate` is to let the model make its cache, since a mixer's memory need not be keys and values."""
+        return False
 
     @classmethod
     def from_pretrained(
@@ -93,7 +98,7 @@ class LlmctlPreTrainedModel(PreTrainedModel):
         family = families.FAMILIES.get(name)
         written = type(self).__name__.replace("Llmctl", family.prefix) if family else type(self).__name__
         about = {"dtype": str(self.dtype).removeprefix("torch."), "architectures": [written]}
-        return fields | about, family.rules if family else ()
+        return fields | about, family.rules(self.config.spec) if family else ()
 
 
 class LlmctlModel(LlmctlPreTrainedModel, Stack):
@@ -113,71 +118,73 @@ class LlmctlModel(LlmctlPreTrainedModel, Stack):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states after the final norm, [B, T, E].
+        """Hidden states after the final norm, [B, T, E]; with experts, their routers' logits too.
 
         Args:
             input_ids: [B, T], or `inputs_embeds` [B, T, E].
             attention_mask: [B, S], 1 at real tokens; S counts cached tokens too.
             position_ids: [B, T]. Without cached tokens, positions that restart within a row begin a
                 new document, which sees nothing of the ones before it.
-            past_key_values: a transformers cache, extended in place; only read, and not returned,
-                where activations are recomputed in the backward pass.
+            past_key_values: a cache, extended in place; only read, and not returned, where activations
+                are recomputed in the backward pass. A cache of transformers' own classes holds keys and
+                values, and goes with attention layers only.
+            token_type_ids: [B, T] kinds of tokens, for models that tell them apart; 0 when None.
             use_cache: make a cache if none is given. Unset means no.
             kwargs: other libraries' hints, such as `cu_seq_lens_q`; positions already say the same.
 
         Raises ValueError if not exactly one of ids and embeddings is given, for a mask that is not
-        two-dimensional, and for output_attentions, which no fast path can give.
+        two-dimensional, for a cache in an encoder, and for output_attentions, which no fast path can give.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions is not available: attention weights are never materialised")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        reads_ahead = self.spec.stack == "encoder"
+        if past_key_values is not None and reads_ahead:
+            raise ValueError("an encoder reads all tokens at once and has no cache")
+        if use_cache and past_key_values is None and not reads_ahead:
+            past_key_values = StateCache(self.init_states(len(tokens)))
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        ctx = _context(x, attention_mask, position_ids, past, self.attends_by_span)
+        ctx = context_of(tokens, attention_mask, position_ids, past, self.attends_by_span)
+        ctx.causality = "none" if reads_ahead else "causal"
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         states = None if past_key_values is None else self._states(past_key_values, frozen=recompute)
-        hidden: list[Tensor] | None = [] if output_hidden_states else None
+        keep = Kept()
         call = self._gradient_checkpointing_func if recompute else None
-        out = self.run(x, ctx, states, call, hidden)
-        return BaseModelOutputWithPast(
-            last_hidden_state=out,
-            past_key_values=None if recompute else past_key_values,
-            hidden_states=None if hidden is None else tuple(hidden),
+        out = self.run(self.embed(tokens, ctx, token_type_ids), ctx, states, call, keep)
+        shared = {
+            "last_hidden_state": out,
+            "past_key_values": None if recompute else past_key_values,
+            "hidden_states": tuple(keep.hidden) if output_hidden_states else None,
+        }
+        if not keep.routings:
+            return BaseModelOutputWithPast(**shared)
+        return RoutedOutput(
+            **shared,
+            router_logits=tuple(routing.logits for routing in keep.routings),
+            routings=tuple(keep.routings),
         )
 
-    def _states(self, cache: Cache, frozen: bool) -> list[KeyValueState]:
+    def _states(self, cache: Cache, frozen: bool) -> Sequence[State] | None:
+        if isinstance(cache, StateCache):
+            return cache.frozen() if frozen else cache.states
         if not frozen:
-            return [CacheState(cache, layer) for layer in range(len(self.layers))]
+            return [ForeignState(cache, layer) for layer in range(len(self.layers))]
         # a new cache may have no layers yet
-        held = cache.layers or [FixedPast(None, None)] * len(self.layers)
-        return [FixedPast(layer.keys, layer.values) for layer in held]
+        return [FixedPast(layer.keys, layer.values) for layer in cache.layers] or None
 
 
-def _context(
-    x: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: int, by_span: bool
-) -> Context:
-    length = x.shape[1]
-    if mask is not None:
-        if mask.dim() != 2:
-            raise ValueError(f"attention_mask must be [rows, tokens], not {mask.dim()}-dimensional")
-        if not bool(mask.all()):
-            return padded_context(mask, length, position_ids)
-    if position_ids is None:
-        return plain_context(length, past, x.device)
-    if past == 0 and length > 1:
-        return packed_context(position_ids.expand(x.shape[0], -1), by_span)
-    everything = torch.ones(x.shape[0], past + length, dtype=torch.long, device=x.device)
-    ctx = padded_context(everything, length, position_ids)
-    if bool((ctx.queries.position[:, -1] == past + length - 1).all()):
-        return plain_context(length, past, x.device)
-    return ctx
+@dataclass
+class RoutedOutput(MoeModelOutputWithPast):
+    """What a backbone with experts gives: `routings` says what each layer of them decided."""
+
+    routings: tuple[Routing, ...] | None = None
 
 
 class LlmctlForCausalLM(LlmctlPreTrainedModel, GenerationMixin):
@@ -195,6 +202,13 @@ class LlmctlForCausalLM(LlmctlPreTrainedModel, GenerationMixin):
         self.head_by_rows: Callable[[], tuple[Tensor, tuple[Tensor, Tensor] | None]] | None = None
         self.post_init()
 
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of final hidden states [..., E], scaled and capped as the config says."""
+        spec = self.model.spec
+        logits = self.lm_head(hidden if spec.logits_scaling == 1.0 else hidden / spec.logits_scaling)
+        cap = spec.final_logit_softcapping
+        return logits if cap is None else (logits / cap).tanh() * cap
+
     def forward(  # noqa: PLR0913  (the names transformers, PEFT and TRL pass)
         self,
         input_ids: Tensor | None = None,
@@ -209,7 +223,7 @@ class LlmctlForCausalLM(LlmctlPreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, V], and with `labels` the loss.
+        """Logits [B, T, V], and with `labels` the loss; with experts, the losses of their routers too.
 
         Args:
             labels: [B, T], aligned with `input_ids` (the shift happens here); -100 is not trained.
@@ -228,28 +242,69 @@ class LlmctlForCausalLM(LlmctlPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = out.last_hidden_state
-        logits = loss = None
+        logits = None
+        if labels is None or not skip_logits or not self._fuses:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.head(hidden[:, kept])
+        loss = None if labels is None else self._loss(out, logits, labels, num_items_in_batch)
+        shared = {
+            "loss": loss,
+            "logits": logits,
+            "past_key_values": out.past_key_values,
+            "hidden_states": out.hidden_states,
+        }
+        if not isinstance(out, RoutedOutput):
+            return CausalLMOutputWithPast(**shared)
+        return MoeCausalLMOutputWithPast(
+            **shared, aux_loss=balance_of(out.routings or ()), router_logits=out.router_logits
+        )
+
+    @property
+    def _fuses(self) -> bool:
+        """Whether the loss can be taken from the head's matrix, a slice of the tokens at a time."""
         whole = type(self.lm_head) is nn.Linear or self.head_reads_as_matrix
-        if labels is not None and skip_logits and whole:
+        return whole and self.model.spec.final_logit_softcapping is None
+
+    def _loss(
+        self,
+        out: BaseModelOutputWithPast,
+        logits: Tensor | None,
+        labels: Tensor,
+        num_items_in_batch: int | Tensor | None,
+    ) -> Tensor:
+        trained = (labels[:, 1:] != IGNORE).sum()
+        if logits is None:
             shifted = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
             head, rows = (self.lm_head.weight, None) if self.head_by_rows is None else self.head_by_rows()
-            loss = linear_cross_entropy(hidden.flatten(0, 1), head, shifted.flatten(), rows)
+            hidden = out.last_hidden_state.flatten(0, 1)
+            scaling = self.model.spec.logits_scaling
+            hidden = hidden if scaling == 1.0 else hidden / scaling
+            loss = linear_cross_entropy(hidden, head, shifted.flatten(), rows)
         else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])
-            if labels is not None:
-                loss = F.cross_entropy(
-                    logits[:, :-1].float().flatten(0, 1),
-                    labels[:, 1:].flatten(),
-                    ignore_index=IGNORE,
-                    reduction="sum",
-                )
-        if loss is not None:
-            count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORE).sum()
-            loss = loss / count
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
-        )
+            loss = F.cross_entropy(
+                logits[:, :-1].float().flatten(0, 1),
+                labels[:, 1:].flatten(),
+                ignore_index=IGNORE,
+                reduction="sum",
+            )
+        if isinstance(out, RoutedOutput) and out.routings:
+            # a mean over this batch's tokens: it counts as much of the step as they do
+            loss = loss + trained * router_loss(out.routings, self.model.spec)
+        return loss / (num_items_in_batch if num_items_in_batch is not None else trained)
+
+
+def balance_of(routings: Sequence[Routing]) -> Tensor:
+    """The load-balancing loss, unweighted, as a mean over the layers of experts."""
+    return torch.stack([routing.balance for routing in routings]).mean()
+
+
+def router_loss(routings: Sequence[Routing], spec: ModelSection) -> Tensor:
+    """The losses of all routers with their weights."""
+    experts = spec.experts
+    if not isinstance(experts, SparseExperts):
+        return torch.zeros((), device=routings[0].balance.device)
+    z = torch.stack([routing.z for routing in routings]).mean()
+    return experts.router_aux_loss_coef * balance_of(routings) + experts.router_z_loss_coef * z
 
 
 def recompute_activations(model: LlmctlForCausalLM) -> None:

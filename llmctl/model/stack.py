@@ -1,24 +1,41 @@
-"""A stack of blocks in plain torch: embedded tokens in, hidden states out."""
+"""A stack of blocks in plain torch: token ids in, hidden states out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmctl.model.block import Block
 from llmctl.model.context import Context
+from llmctl.model.experts import Routing
 from llmctl.model.norms import NORMS
-from llmctl.model.positions import POSITIONS
-from llmctl.model.state import KeyValueState
+from llmctl.model.positions import POSITIONS, Positions
+from llmctl.model.state import State
 from llmctl.recipe.model import ModelSection
 
-Run = Callable[..., Tensor]
+Run = Callable[..., Any]
+
+
+@dataclass
+class Kept:
+    """What a pass is asked to keep besides its result.
+
+    Attributes:
+        hidden: the input of every block, then the final states, [B, T, E] each.
+        routings: what every layer of experts decided.
+    """
+
+    hidden: list[Tensor] = field(default_factory=list)
+    routings: list[Routing] = field(default_factory=list)
 
 
 class Stack:
-    """Embedding table, blocks and final norm.
+    """Embedding tables, blocks and final norm.
 
     Mixed into the Hugging Face backbone instead of held by it, so that parameters keep the names
     every Llama tool knows (`model.layers.0.…`, not `model.stack.layers.0.…`).
@@ -26,52 +43,100 @@ class Stack:
 
     spec: ModelSection
     embed_tokens: nn.Embedding
+    embed_types: nn.Embedding | None
+    embed_norm: nn.Module | None
+    positions: Positions
     layers: nn.ModuleList
-    norm: nn.Module
+    norm: nn.Module | None
 
-    def build(self, spec: ModelSection) -> None:
-        """Make the modules. `spec` must be resolved: every size filled in."""
+    def build(
+        self,
+        spec: ModelSection,
+        *,
+        shared: nn.Embedding | None = None,
+        layers: int | None = None,
+        cross: bool = False,
+    ) -> None:
+        """Make the modules. `spec` must be resolved: every size filled in.
+
+        Args:
+            shared: an embedding table that belongs to several stacks; None makes one.
+            layers: their number; the spec's when None.
+            cross: whether the blocks read an encoder's states.
+        """
         assert spec.vocab_size is not None
         self.spec = spec
-        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.layers = nn.ModuleList(Block(spec, layer) for layer in range(spec.num_hidden_layers))
-        self.norm = NORMS[spec.norm](spec.hidden_size, spec.rms_norm_eps)
+        self.embed_tokens = shared if shared is not None else nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.embed_types = (
+            nn.Embedding(spec.type_vocab_size, spec.hidden_size) if spec.type_vocab_size else None
+        )
+        self.positions = POSITIONS[spec.position](spec)
+        self.embed_norm = NORMS[spec.norm](spec.hidden_size, spec.norm_eps) if spec.embedding_norm else None
+        self.layers = nn.ModuleList(
+            Block(spec, layer, cross) for layer in range(layers or spec.num_hidden_layers)
+        )
+        # after `post` blocks the stream is normalised already
+        last = spec.norm_placement != "post"
+        self.norm = NORMS[spec.norm](spec.hidden_size, spec.norm_eps) if last else None
+
+    def embed(self, tokens: Tensor, ctx: Context, types_BT: Tensor | None = None) -> Tensor:
+        """Token ids [B, T], or embeddings [B, T, E] in their place -> the stream before the first block."""
+        x_BTE = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
+        if self.spec.embedding_multiplier != 1.0:
+            # rounded to the precision of the stream, as Gemma does
+            x_BTE = x_BTE * torch.tensor(
+                self.spec.embedding_multiplier, dtype=x_BTE.dtype, device=x_BTE.device
+            )
+        if self.embed_types is not None:
+            types = types_BT if types_BT is not None else torch.zeros_like(ctx.queries.position)
+            x_BTE = x_BTE + self.embed_types(types)
+        x_BTE = self.positions.embed(x_BTE, ctx.queries.position)
+        if self.embed_norm is not None:
+            x_BTE = self.embed_norm(x_BTE)
+        if self.spec.hidden_dropout and self.layers.training:
+            x_BTE = F.dropout(x_BTE, self.spec.hidden_dropout)
+        return x_BTE
 
     def run(
         self,
         x_BTE: Tensor,
         ctx: Context,
-        states: Sequence[KeyValueState] | None = None,
+        states: Sequence[State] | None = None,
         call: Run | None = None,
-        keep: list[Tensor] | None = None,
+        keep: Kept | None = None,
     ) -> Tensor:
         """Hidden states [B, T, E] after the final norm.
 
         Args:
+            x_BTE: from `embed`.
             states: one a layer, from `init_states`; None when nothing is remembered.
             call: how to run a block, such as an activation-checkpointing function; None calls it.
-            keep: if given, the input of every block and the final states are appended to it.
+            keep: if given, what it asks for is put there.
         """
         self.prepare(ctx)
         for index, layer in enumerate(self.layers):
             state = states[index] if states is not None else None
             if keep is not None:
-                keep.append(x_BTE)
-            x_BTE = call(layer, x_BTE, ctx, state) if call is not None else layer(x_BTE, ctx, state)
-        x_BTE = self.norm(x_BTE)
+                keep.hidden.append(x_BTE)
+            x_BTE, routing = call(layer, x_BTE, ctx, state) if call is not None else layer(x_BTE, ctx, state)
+            if keep is not None and routing is not None:
+                keep.routings.append(routing)
+        if self.norm is not None:
+            x_BTE = self.norm(x_BTE)
         if keep is not None:
-            keep.append(x_BTE)
+            keep.hidden.append(x_BTE)
         return x_BTE
 
     def prepare(self, ctx: Context) -> None:
         """Put into `ctx` what the blocks look up in it; blocks can then be run one by one."""
-        ctx.rotary = POSITIONS[self.spec.position](self.spec, ctx.queries.position)
+        ctx.rotary = self.positions.rotary(ctx.queries.position)
+        ctx.bias = self.positions.bias(ctx)
         for layer in self.layers:
             layer.self_attn.prepare(ctx)
 
-    def init_states(self, batch: int, capacity: int) -> list[KeyValueState]:
-        """Empty memory for every layer: `capacity` tokens in each of `batch` rows."""
+    def init_states(self, batch: int, capacity: int = 0) -> list[State]:
+        """Empty memory for every layer: `capacity` tokens in each of `batch` rows before it has to grow."""
         weight = self.embed_tokens.weight
         # the CPU path attends in float32, so it keeps what it needs
         dtype: torch.dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
-        return [layer.self_attn.init_state(batch, capacity, dtype, weight.device) for layer in self.layers]
+        return [layer.init_state(batch, capacity, dtype, weight.device) for layer in self.layers]

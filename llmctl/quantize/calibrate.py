@@ -113,7 +113,7 @@ class _Text:
         self._device, self._dtype = weight.device, weight.dtype
         self._rows = [
             _Rows(
-                self._stack.embed_tokens(batch["input_ids"].to(self._device)).float().cpu(),
+                self._embedded(batch).float().cpu(),
                 batch["position_ids"].cpu(),
                 real_tokens(batch["labels"], batch["position_ids"]).cpu(),
             )
@@ -122,6 +122,10 @@ class _Text:
         self.tokens = sum(int(rows.real.sum()) for rows in self._rows)
         if not self.tokens:
             raise ValueError("no calibration text")
+
+    def _embedded(self, batch: Mapping[str, Tensor]) -> Tensor:
+        ctx = packed_context(batch["position_ids"].to(self._device))
+        return self._stack.embed(batch["input_ids"].to(self._device), ctx)
 
     def groups(self, block: nn.Module, inside: list[Leaf]) -> list[list[Leaf]]:
         """The leaves of a block that read the same tensor together, in the order of their calls."""
@@ -178,7 +182,8 @@ class _Text:
         ctx = packed_context(rows.position_ids.to(self._device))
         self._stack.prepare(ctx)
         try:
-            return block(rows.hidden.to(self._device, self._dtype), ctx)
+            hidden, _ = block(rows.hidden.to(self._device, self._dtype), ctx)
+            return hidden
         except _Enough:
             return None
 

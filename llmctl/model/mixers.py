@@ -1,0 +1,23 @@
+"""Which mixer a layer gets: by its own kind, or the model's attention with the pattern of that kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from llmctl.model.attention import GroupedQueryAttention
+from llmctl.recipe.model import ModelSection
+
+ATTENTIONS: dict[str, Callable[[ModelSection, int], nn.Module]] = {
+    "gqa": GroupedQueryAttention,
+}
+# kinds of layers that are no pattern
+MIXERS: dict[str, Callable[[ModelSection, int], nn.Module]] = {}
+
+
+def mixer_of(model: ModelSection, layer: int) -> nn.Module:
+    """The mixer of one layer: a module (x [B, T, E], ctx, state) -> [B, T, E] with `prepare` and `init_state`."""
+    kind = model.layer_pattern(layer)
+    make = MIXERS[kind] if kind in MIXERS else ATTENTIONS[model.attention]
+    return make(model, layer)
