@@ -173,12 +173,18 @@ class ModelSection(Section):
         ssm = self.ssm
         if ssm is not None and (ssm.expand * self.hidden_size) % ssm.head_dim:
             inner = ssm.expand * self.hidden_size
-            raise ValueError(f"ssm: expand x hidden_size ({inner}) is not a multiple of head_dim ({ssm.head_dim})")
+            raise ValueError(
+                f"ssm: expand x hidden_size ({inner}) is not a multiple of head_dim ({ssm.head_dim})"
+            )
         if self.attention == "mla":
             if self.position != "rope":
-                raise ValueError(f"attention: mla turns part of each key, so position must be rope, not {self.position}")
+                raise ValueError(
+                    f"attention: mla turns part of each key, so position must be rope, not {self.position}"
+                )
             if self.mla is not None and self.mla.qk_rope_head_dim % 2:
-                raise ValueError(f"mla.qk_rope_head_dim ({self.mla.qk_rope_head_dim}) is odd: rotary positions turn pairs")
+                raise ValueError(
+                    f"mla.qk_rope_head_dim ({self.mla.qk_rope_head_dim}) is odd: rotary positions turn pairs"
+                )
             if self.num_key_value_heads not in (None, self.num_attention_heads):
                 raise ValueError("attention: mla has no groups of keys; leave num_key_value_heads unset")
         content = sorted({"routing", "lsh"} & set(self.pattern))
@@ -228,6 +234,10 @@ def _check_sparse(experts: SparseExperts) -> None:
             f"experts.num_experts_per_tok ({experts.num_experts_per_tok}) is more than num_experts ({experts.num_experts})"
         )
     if experts.num_experts % experts.n_group:
-        raise ValueError(f"experts.num_experts ({experts.num_experts}) is not a multiple of n_group ({experts.n_group})")
+        raise ValueError(
+            f"experts.num_experts ({experts.num_experts}) is not a multiple of n_group ({experts.n_group})"
+        )
     if experts.topk_group > experts.n_group:
-        raise ValueError(f"experts.topk_group ({experts.topk_group}) is more than n_group ({experts.n_group})")
+        raise ValueError(
+            f"experts.topk_group ({experts.topk_group}) is more than n_group ({experts.n_group})"
+        )
