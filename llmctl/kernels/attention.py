@@ -2,11 +2,12 @@
 
 Shape legend: B rows, H query heads, G key/value heads, T queries, S keys, D head width.
 
-Paths, one function each, all equal to `attend_reference`:
+Paths, one function each, all equal to `reference.attend_reference`:
 
     open      every query sees every key (one-token decoding)
     causal    one document from position 0: the kernel's own causal flag
     spans     packed rows: each document by itself, so nothing is computed across documents
+    blocks    local patterns: each block of queries reads the blocks of keys near it (blocks.py)
     dense     any other pattern: a mask [B, 1 or H, T, S], boolean or added to the scores
 
 Scores that are bent by a soft cap take none of them: the definition is computed (`attend_capped`).
@@ -14,13 +15,14 @@ Scores that are bent by a soft cap take none of them: the definition is computed
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from llmctl.kernels.blocks import BlockLayout, attend_blocks
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Visibility:
             score, -inf where it does not; `dense` only.
         spans: token counts of the documents over the flattened rows, summing to B * T; `spans` only.
         causal: whether a query of a span sees only what stands before it; `spans` only.
+        layout: which blocks of keys each block of queries reads; `blocks` only.
     """
 
     path: str
     mask: Tensor | None = None
     spans: tuple[int, ...] | None = None
     causal: bool = True
+    layout: BlockLayout | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,9 @@ def attend(
     On CPU the work is done in float32 even under bf16 autocast: torch's bf16 flash kernel there is
     about half as fast as its float32 one (`benchmarks/attention_cpu.py`), and less precise.
     """
-    path = attend_capped if scores.softcap is not None else PATHS[visible.path]
+    path = PATHS[visible.path]
+    if scores.softcap is not None or (scores.dropout and visible.path == "blocks"):
+        path = attend_capped
     if q_BHTD.device.type != "cpu" or q_BHTD.dtype == torch.float64:
         k_BGSD, v_BGSD = k_BGSD.to(q_BHTD.dtype), v_BGSD.to(q_BHTD.dtype)
         return path(q_BHTD, k_BGSD, v_BGSD, visible, scores)
@@ -118,6 +124,11 @@ def _spans(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, visible: Visibility, 
     return out_1HND.reshape(H, B, T, -1).transpose(0, 1)
 
 
+def _blocks(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scores: Scores) -> Tensor:
+    assert visible.layout is not None
+    return attend_blocks(q, k, v, visible.layout, scores.scale)
+
+
 def _flat_split(x_BHTD: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
     flat = x_BHTD.transpose(0, 1).flatten(1, 2)
     return flat[None].split(lengths, dim=2)
@@ -150,21 +161,16 @@ def as_mask(visible: Visibility, shape: torch.Size, device: torch.device) -> Ten
         number = torch.repeat_interleave(torch.arange(len(counts), device=device), counts).view(rows, length)
         same = number[:, None, :, None] == number[:, None, None]
         return same.tril() if visible.causal else same
+    if visible.path == "blocks":
+        assert visible.layout is not None
+        return visible.layout.dense(length)[:, None]
     return visible.mask
-
-
-def attend_reference(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_BTS: Tensor) -> Tensor:
-    """The definition, step by step: scores, mask, softmax, weighted sum (Vaswani et al. 2017)."""
-    repeat = q_BHTD.shape[1] // k_BGSD.shape[1]
-    k, v = (x.repeat_interleave(repeat, dim=1) for x in (k_BGSD, v_BGSD))
-    scores = q_BHTD @ k.transpose(-1, -2) / math.sqrt(q_BHTD.shape[-1])
-    scores = scores.masked_fill(~mask_BTS[:, None], -torch.inf)
-    return scores.softmax(-1) @ v
 
 
 PATHS: dict[str, Callable[[Tensor, Tensor, Tensor, Visibility, Scores], Tensor]] = {
     "open": _open,
     "causal": _causal,
     "spans": _spans,
+    "blocks": _blocks,
     "dense": _dense,
 }

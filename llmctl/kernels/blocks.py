@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmctl.kernels.attention import attend_reference
+from llmctl.kernels.reference import attend_reference
 
 Sees = Callable[[Tensor, Tensor], Tensor]
 

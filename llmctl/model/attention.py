@@ -13,7 +13,7 @@ from llmctl.kernels.rowwise import rotate
 from llmctl.model.context import Context
 from llmctl.model.joined import Joinable
 from llmctl.model.norms import NORMS
-from llmctl.model.patterns import pattern_of
+from llmctl.model.patterns import Pattern, pattern_of
 from llmctl.model.state import KeyValueState, TokenState
 from llmctl.recipe.model import ModelSection
 
@@ -60,11 +60,7 @@ class GroupedQueryAttention(Joinable):
 
     def prepare(self, ctx: Context) -> None:
         """Work out what this layer's queries may see before any block runs, so that blocks only look it up."""
-        visible = ctx.visible(self.pattern)
-        if ctx.trace is not None:
-            ctx.note(self.layer, "visible", ctx.mask(self.pattern))
-            if ctx.bias is not None and visible.mask is not None:
-                ctx.note(self.layer, "bias", visible.mask)
+        prepare_pattern(ctx, self.layer, self.pattern)
 
     def init_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> TokenState:
         """Empty memory for `capacity` tokens in each of `batch` rows."""
@@ -102,6 +98,15 @@ class CrossAttention(nn.Module):
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> TokenState:
         """Empty memory; the first pass fills it with the encoder's keys and values."""
         return TokenState(batch, ((self.kv_heads, self.head_dim),) * 2, 0, dtype, device)
+
+
+def prepare_pattern(ctx: Context, layer: int, pattern: Pattern) -> None:
+    """Let the context find what a pattern lets queries see, and show it to whoever traces."""
+    visible = ctx.visible(pattern)
+    if ctx.trace is not None:
+        ctx.note(layer, "visible", ctx.mask(pattern))
+        if ctx.bias is not None and visible.mask is not None:
+            ctx.note(layer, "bias", visible.mask)
 
 
 def score_settings(model: ModelSection) -> Scores:

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from llmctl.kernels.attention import Visibility
+from llmctl.kernels.blocks import BlockLayout, block_layout
 from llmctl.model.patterns import Pattern
 
 Causality = Literal["causal", "none"]
+# tokens of a block of the local path: large enough for fast products, small enough not to compute much in vain
+SMALLEST_BLOCK, LARGEST_BLOCK = 32, 128
+LEAST_GAIN = 2  # blocks of a row, over those that one of them reads, from which gathering them pays
 
 
 @dataclass
@@ -108,19 +112,18 @@ class Context:
         return allowed
 
     def starts(self) -> Tensor | None:
-        """True [B, T] at new tokens that begin a document; None where only the first of a row does, or none."""
-        segment = self.queries.segment
+        """True [B, T] at new tokens that begin a document after another one of their row; None where none does.
+
+        Padding begins none, so a document goes on where it was padded in between.
+        """
+        segment = self.keys.segment
         if segment is None:
             return None
-        before = self.keys.segment
-        if before is None:
-            return None
-        T = segment.shape[1]
-        starts = torch.ones_like(segment, dtype=torch.bool)
-        if before.shape[1] > T:
-            starts[:, 0] = before[:, -T] != before[:, -T - 1]
-        starts[:, 1:] = segment[:, 1:] != segment[:, :-1]
-        return starts
+        # documents of a row are numbered in order: the largest so far is that of the last real token
+        before = segment.cummax(1).values[:, :-1]
+        starts = torch.zeros_like(segment, dtype=torch.bool)
+        starts[:, 1:] = (segment[:, 1:] > before) & (before > 0)
+        return starts[:, -self.queries.position.shape[1] :]
 
     def padding(self) -> Tensor | None:
         """True [B, T] at new tokens that are padding; None where none is."""
@@ -138,7 +141,42 @@ class Context:
                 return Visibility("causal")
         if self.spans is not None and pattern.sees_all(max(self.spans)):
             return Visibility("spans", spans=self.spans, causal=causal)
+        layout = self._layout(pattern)
+        if layout is not None:
+            return Visibility("blocks", layout=layout)
         return Visibility("dense", mask=self.mask(pattern)[:, None])
+
+    def _layout(self, pattern: Pattern) -> BlockLayout | None:
+        """Blocks for a local pattern, where reading them is less work than a dense mask."""
+        reach, draws = pattern.reach, pattern.draws
+        causal = self.causality == "causal"
+        if reach is None or self.cached or not self._is_stored_in_order:
+            return None
+        if (pattern.anchors or draws is not None) and not self.contiguous:
+            return None  # first tokens and numbers of blocks are those of a row only if it is one document
+        if draws is not None and not causal:
+            return None  # which later blocks draw a block is not known from the block alone
+        T = self.queries.position.shape[1]
+        block = draws.size if draws is not None else min(LARGEST_BLOCK, max(SMALLEST_BLOCK, reach + 1))
+        blocks = -(-T // block)
+        read = 1 + -(-reach // block) * (1 if causal else 2) + (draws.count if draws is not None else 0)
+        if blocks < LEAST_GAIN * (read + -(-pattern.anchors // block)):
+            return None
+        return block_layout(
+            self.queries.position,
+            self.queries.segment,
+            pattern.sees,
+            reach,
+            block,
+            causal,
+            pattern.anchors,
+            draws.earlier_blocks(blocks) if draws is not None else None,
+        )
+
+    @property
+    def _is_stored_in_order(self) -> bool:
+        """Whether tokens of a document stand next to each other in order of their positions: padding may not."""
+        return self.contiguous or self.spans is not None or self.queries.segment is None
 
 
 def plain_context(length: int, past: int = 0, device: torch.device | str = "cpu") -> Context:

@@ -27,11 +27,15 @@ class Pattern(Protocol):
 
     @property
     def reach(self) -> int | None:
-        """Largest distance at which a query sees a key, first tokens aside; None if there is none."""
+        """Largest distance at which a query sees a key, anchors and drawn blocks aside; None if there is none."""
 
     @property
     def anchors(self) -> int:
         """How many first positions are seen by all and see all, whatever the distance."""
+
+    @property
+    def draws(self) -> Random | None:
+        """The blocks it draws by chance, if it draws any."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Full:
 
     reach: int | None = None
     anchors: int = 0
+    draws: Random | None = None
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         return torch.ones_like(query == key)
@@ -54,6 +59,7 @@ class Sliding:
 
     window: int
     anchors: int = 0
+    draws: Random | None = None
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         return query - key < self.window
@@ -72,6 +78,7 @@ class Band:
 
     window: int
     anchors: int = 0
+    draws: Random | None = None
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         return (query - key).abs() < self.window
@@ -91,6 +98,7 @@ class Dilated:
     window: int
     step: int
     anchors: int = 0
+    draws: Random | None = None
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         apart = (query - key).abs()
@@ -110,6 +118,7 @@ class Global:
 
     count: int
     reach: int = 0
+    draws: Random | None = None
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         # a token sees itself, or one of a document's middle would see nothing of its own
@@ -129,6 +138,7 @@ class Block:
 
     size: int
     anchors: int = 0
+    draws: Random | None = None
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         return query // self.size == key // self.size
@@ -152,7 +162,6 @@ class Random:
     count: int
     size: int
     layer: int
-    reach: int | None = None
     anchors: int = 0
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
@@ -166,8 +175,21 @@ class Random:
         """The number of the block that draw `draw` gives to a block; no larger than its own."""
         return _hash(block * 64 + draw, self.layer) % (block + 1)
 
+    def earlier_blocks(self, blocks: int) -> Tensor:
+        """The blocks that each of `blocks` blocks has drawn, [blocks, count]."""
+        here = torch.arange(blocks)
+        return torch.stack([self.drawn(here, draw) for draw in range(self.count)], dim=1)
+
     def sees_all(self, length: int) -> bool:
         return length <= self.size
+
+    @property
+    def reach(self) -> int:
+        return self.size - 1
+
+    @property
+    def draws(self) -> Random:
+        return self
 
 
 @dataclass(frozen=True)
@@ -193,6 +215,10 @@ class Union:
     @property
     def anchors(self) -> int:
         return max(part.anchors for part in self.parts)
+
+    @property
+    def draws(self) -> Random | None:
+        return next((part.draws for part in self.parts if part.draws is not None), None)
 
 
 def _hash(value: Tensor, seed: int) -> Tensor:

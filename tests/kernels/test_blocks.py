@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmctl.kernels.attention import attend_reference
 from llmctl.kernels.blocks import BlockLayout, attend_blocks, attend_blocks_reference, block_layout
+from llmctl.kernels.reference import attend_reference
 
 B, H, T, D = 2, 4, 45, 8
 
