@@ -241,3 +241,9 @@ def _check_sparse(experts: SparseExperts) -> None:
         raise ValueError(
             f"experts.topk_group ({experts.topk_group}) is more than n_group ({experts.n_group})"
         )
+    held = experts.topk_group * experts.num_experts // experts.n_group
+    if experts.num_experts_per_tok > held:
+        raise ValueError(
+            f"experts.num_experts_per_tok ({experts.num_experts_per_tok}) is more than the {held} experts "
+            f"that topk_group ({experts.topk_group}) of n_group ({experts.n_group}) groups hold"
+        )

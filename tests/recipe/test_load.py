@@ -102,6 +102,11 @@ WRONG: dict[str, tuple[str, str]] = {
         "model: sliding_window is set but no layer of pattern is `sliding`",
         EXPLAINS + "model",
     ),
+    "model: {experts: {kind: sparse, num_experts_per_tok: 3, n_group: 4}}": (
+        "model: experts.num_experts_per_tok (3) is more than the 2 experts that topk_group (1) of n_group (4) "
+        "groups hold",
+        EXPLAINS + "model",
+    ),
     "base: x\nmodel: {}": (
         "`model` describes a new model, but `base` continues an existing one; drop one",
         EXPLAINS + "every field",
