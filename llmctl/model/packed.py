@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmctl.kernels.products import PRODUCTS, SAID, Product, path_of
 from llmctl.kernels.quantized import Quantized
+from llmctl.model.compressed import stored_bytes
 from llmctl.model.joined import join
 
 
@@ -22,7 +23,7 @@ class PackedLinear(nn.Module):
     def __init__(self, matrix: Quantized, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.out_features, self.in_features = matrix.codes.shape
-        self.bits, self.bias = matrix.bits, bias
+        self.bits, self.bias, self.stored_bytes = matrix.bits, bias, stored_bytes(matrix)
         # neither is a buffer: what a kernel holds is its own, and a cast of the model must leave it alone
         self.matrix: Quantized | None = matrix
         self.product: Product | None = None
