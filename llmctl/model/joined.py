@@ -6,7 +6,7 @@ At one token a call costs as much as its arithmetic, so one product is cheaper t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class Joinable(nn.Module):
     `projections` are their names. `projected` gives what they give, one by one or, after `join`, together.
     """
 
-    projections: ClassVar[tuple[str, ...]] = ()
+    projections: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()

@@ -7,13 +7,18 @@ from collections.abc import Callable
 from torch import nn
 
 from llmctl.model.attention import GroupedQueryAttention
+from llmctl.model.mamba import Mamba2
+from llmctl.model.mla import MultiHeadLatentAttention
 from llmctl.recipe.model import ModelSection
 
 ATTENTIONS: dict[str, Callable[[ModelSection, int], nn.Module]] = {
     "gqa": GroupedQueryAttention,
+    "mla": MultiHeadLatentAttention,
 }
 # kinds of layers that are no pattern
-MIXERS: dict[str, Callable[[ModelSection, int], nn.Module]] = {}
+MIXERS: dict[str, Callable[[ModelSection, int], nn.Module]] = {
+    "mamba2": Mamba2,
+}
 
 
 def mixer_of(model: ModelSection, layer: int) -> nn.Module:

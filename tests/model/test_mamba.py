@@ -1,0 +1,137 @@
+"""Mamba-2: its contracts, transformers' mixer as the oracle, and a memory of one size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache, Mamba2Config
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from llmctl.model.context import padded_context, plain_context
+from llmctl.model.init import role_of
+from llmctl.model.mamba import Mamba2
+from tests.model.mixing import LENGTH, CausalContracts, Tower, close, ids, masked
+
+SSM = {"state_size": 6, "head_dim": 8, "chunk_size": 5}
+CASES = {
+    "plain": {"ssm": SSM},
+    "groups, biases": {"ssm": {**SSM, "n_groups": 2, "use_bias": True, "conv_kernel": 3}},
+    "no bias of the convolution": {"ssm": {**SSM, "use_conv_bias": False, "expand": 3}},
+    "no feed-forward": {"ssm": SSM, "ffn": "none", "position": "none"},
+    "with attention": {"ssm": SSM, "pattern": ["full", "mamba2"]},
+}
+
+
+def tower_of(name: str, **settings) -> Tower:
+    return Tower(**{"pattern": ["mamba2"], **CASES[name], **settings})
+
+
+@pytest.fixture(params=CASES)
+def tower(request):
+    return tower_of(request.param)
+
+
+class TestMamba2(CausalContracts):
+    def test_tokens_are_taken_back(self, tower):
+        if tower.spec.pattern == ["full", "mamba2"]:
+            pytest.skip("one layer can, one cannot")
+        super().test_tokens_are_taken_back(tower)
+
+
+# --- transformers -----------------------------------------------------------------------------------
+
+
+def pair(name: str) -> tuple[Mamba2, Mamba2Mixer, Mamba2Config]:
+    """Ours and theirs with the same random weights."""
+    torch.manual_seed(0)
+    model = tower_of(name).spec
+    ssm = model.ssm
+    config = Mamba2Config(
+        num_heads=ssm.expand * model.hidden_size // ssm.head_dim,
+        hidden_size=model.hidden_size,
+        num_hidden_layers=1,
+        layer_norm_epsilon=model.norm_eps,
+        **ssm.model_dump(exclude={"time_step_min", "time_step_max", "time_step_floor"}),
+    )
+    mine, theirs = Mamba2(model, 0).eval(), Mamba2Mixer(config, 0).eval()
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)
+    mine.load_state_dict(theirs.state_dict())
+    return mine, theirs, config
+
+
+MIXERS = ["plain", "groups, biases", "no bias of the convolution"]
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_transformers_computes_the_same(name):
+    mine, theirs, _ = pair(name)
+    x = torch.randn(2, LENGTH, 32)
+    found, expected = mine(x, plain_context(LENGTH), None), theirs(x)
+    close(found, expected)
+    upstream = torch.randn_like(found)
+    found.backward(upstream), expected.backward(upstream)
+    others = dict(theirs.named_parameters())
+    for name, weight in mine.named_parameters():
+        torch.testing.assert_close(weight.grad, others[name].grad, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@torch.no_grad()
+def test_transformers_decodes_the_same(name):
+    mine, theirs, config = pair(name)
+    x, cache = torch.randn(2, LENGTH, 32), DynamicCache(config=config)
+    state = mine.init_state(2, 0, torch.float32, torch.device("cpu"))
+    for first, last in ((0, 9), (9, 10), (10, 11), (11, 12)):
+        found = mine(x[:, first:last], plain_context(last - first, first), state)
+        close(found, theirs(x[:, first:last], cache_params=cache))
+        close(state.tensors[1], cache.layers[0].recurrent_states[0])
+
+
+@torch.no_grad()
+def test_transformers_pads_the_same_on_the_left():
+    mine, theirs, _ = pair("plain")
+    x, mask = torch.randn(2, LENGTH, 32), masked("left")
+    found, expected = mine(x, padded_context(mask, LENGTH), None), theirs(x, attention_mask=mask)
+    close(found[mask.bool()], expected[mask.bool()])
+
+
+# --- memory -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_memory_does_not_grow():
+    tower = tower_of("plain")
+    states, sizes = tower.init_states(2), set()
+    for past in range(0, LENGTH, 5):
+        tower(ids()[:, past : past + 5], plain_context(5, past), states)
+        sizes.add(states[0].nbytes)
+        assert states[0].length == past + 5
+    # window [3, 64 + 2 · 6] and state [8 heads, 8, 6], in float32 for two rows
+    assert sizes == {2 * 4 * (3 * 76 + 8 * 8 * 6)}
+
+
+@torch.no_grad()
+def test_padding_leaves_no_trace_in_the_memory():
+    tower, mask = tower_of("plain"), masked("right", (LENGTH, 13))
+    states, alone = tower.init_states(2), tower.init_states(1)
+    tower(ids(), padded_context(mask, LENGTH), states)
+    tower(ids()[1:, :13], None, alone)
+    for state, other in zip(states, alone, strict=True):
+        for found, expected in zip(state.tensors, other.tensors, strict=True):
+            close(found[1:], expected)
+
+
+def test_parameters_start_as_mamba_2_has_them():
+    mixer = tower_of("plain").layers[0].self_attn
+    assert {name: role_of(f"layers.0.self_attn.{name}") for name, _ in mixer.named_parameters()} == {
+        "dt_bias": "steps",
+        "A_log": "rates",
+        "D": "one",
+        "in_proj.weight": "normal",
+        "conv1d.weight": "short",
+        "conv1d.bias": "zero",
+        "norm.weight": "one",
+        "out_proj.weight": "residual",
+    }
