@@ -49,6 +49,10 @@ LONG_FUNCTIONS: dict[str, int] = {}
 MANY_PARAMETERS: dict[str, int] = {
     # transformers, PEFT and TRL look for these names in the signature
     "llmctl/model/hf.py::LlmctlForCausalLM.forward": 10,
+    # a kernel is handed pointers, strides and sizes one by one, and what it is compiled for
+    "llmctl/kernels/flash_triton.py::_forward": 16,
+    "llmctl/kernels/flash_triton.py::_backward_keys": 20,
+    "llmctl/kernels/flash_triton.py::_backward_queries": 19,
 }
 
 
