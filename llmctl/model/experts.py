@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from llmctl.kernels.grouped import grouped_linear
 from llmctl.model.context import Context
-from llmctl.model.ffn import FFNS
+from llmctl.model.ffn import FFNS, Gated
 from llmctl.model.routers import Router, Routing, SparseRouter
 from llmctl.recipe.experts import ExpertChoice, SlotExperts, SparseExperts
 from llmctl.recipe.model import ModelSection
@@ -68,7 +69,7 @@ class Sparse(Experts):
         choice, routing = self.gate(x_NE)
         order_A = choice.experts.flatten().argsort(stable=True)
         token_A, weight_A = order_A // choice.experts.shape[1], choice.weights.flatten()[order_A]
-        return dispatch(self.experts, x_NE, token_A, weight_A, routing.load.tolist()), routing
+        return dispatch(self.experts, x_NE, token_A, weight_A, routing.load), routing
 
 
 class Dense(Experts):
@@ -184,28 +185,33 @@ class ChosenTokens(Experts):
             weights.append(best.values)
             start += scores.shape[0]
         token_XA, weight_XA = torch.cat(tokens, 1), torch.cat(weights, 1)
-        counts = [token_XA.shape[1]] * len(self.experts)
-        return dispatch(self.experts, x_NE, token_XA.flatten(), weight_XA.flatten(), counts), Routing(logits)
+        counts_X = token_XA.new_full((len(self.experts),), token_XA.shape[1])
+        return dispatch(self.experts, x_NE, token_XA.flatten(), weight_XA.flatten(), counts_X), Routing(
+            logits
+        )
 
 
 def dispatch(
-    experts: Sequence[nn.Module], x_NE: Tensor, token_A: Tensor, weight_A: Tensor, counts: list[int]
+    experts: Sequence[nn.Module], x_NE: Tensor, token_A: Tensor, weight_A: Tensor, counts_X: Tensor
 ) -> Tensor:
     """Send tokens to experts and add up what comes back, weighted: [N, E].
 
     Args:
         token_A: tokens in order of their experts.
         weight_A: their weights, float32.
-        counts: how many of them each expert has.
+        counts_X: how many of them each expert has.
     """
-    return dispatch_loop(experts, x_NE, token_A, weight_A, counts)
+    if x_NE.is_cuda and all(is_grouped(expert) for expert in experts):
+        return dispatch_grouped(experts, x_NE, token_A, weight_A, counts_X)
+    return dispatch_loop(experts, x_NE, token_A, weight_A, counts_X)
 
 
 def dispatch_loop(
-    experts: Sequence[nn.Module], x_NE: Tensor, token_A: Tensor, weight_A: Tensor, counts: list[int]
+    experts: Sequence[nn.Module], x_NE: Tensor, token_A: Tensor, weight_A: Tensor, counts_X: Tensor
 ) -> Tensor:
     """`dispatch`, expert by expert; those without a token are not called."""
     y_NE = x_NE.new_zeros(x_NE.shape, dtype=torch.promote_types(x_NE.dtype, torch.float32))
+    counts = counts_X.tolist()
     # gathered at once: a gather for each expert has a gradient of the size of all tokens for each expert
     parts = x_NE.index_select(0, token_A).split(counts)
     tokens, weights = token_A.split(counts), weight_A.split(counts)
@@ -213,6 +219,26 @@ def dispatch_loop(
         if token.shape[0]:
             y_NE.index_add_(0, token, (expert(x) * weight[:, None]).to(y_NE.dtype))
     return y_NE
+
+
+def dispatch_grouped(
+    experts: Sequence[nn.Module], x_NE: Tensor, token_A: Tensor, weight_A: Tensor, counts_X: Tensor
+) -> Tensor:
+    """`dispatch` with one product for all experts where the loop has one for each; all must be `is_grouped`."""
+
+    def product(x_A: Tensor, name: str) -> Tensor:
+        return grouped_linear(x_A, [getattr(expert, name).weight for expert in experts], counts_X)
+
+    x_AE = x_NE.index_select(0, token_A)
+    h_AI = experts[0].activated(*(product(x_AE, name) for name in Gated.projections))
+    y_AE = product(h_AI, "down_proj")
+    y_NE = x_NE.new_zeros(x_NE.shape, dtype=torch.promote_types(x_NE.dtype, torch.float32))
+    return y_NE.index_add(0, token_A, (y_AE * weight_A[:, None]).to(y_NE.dtype))
+
+
+def is_grouped(expert: nn.Module) -> bool:
+    """Whether `dispatch_grouped` can compute an expert: gated, with plain layers without biases."""
+    return type(expert) is Gated and _is_plain(expert) and expert.down_proj.bias is None
 
 
 def document_lengths(ctx: Context, real_N: Tensor | None, tokens: int) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.model.context import packed_context, padded_context, plain_context
+from llmctl.model.experts import dispatch_grouped, dispatch_loop, is_grouped
 from llmctl.model.leaves import leaves
 from llmctl.model.ready import ready
 from tests.model.expert_cases import CAUSAL, KINDS, LOOKING, E, X, layer_of
@@ -233,3 +234,42 @@ def test_a_watched_layer_is_called(name: str) -> None:
     routing = layer(torch.randn(2, 6, E), plain_context(6))[1]
     used = range(X) if routing.load is None else routing.load.nonzero().flatten().tolist()
     assert sorted(seen) == list(used)
+
+
+@pytest.mark.parametrize("ffn", ["swiglu", "geglu"])
+def test_grouped_products_are_the_loop(ffn: str) -> None:
+    layer = layer_of("sparse", ffn=ffn)
+    x, upstream = torch.randn(20, E, requires_grad=True), torch.randn(20, E)
+    counts = torch.tensor([7, 0, 9, 3, 0, 13])
+    token, weight = torch.randint(20, (32,)), torch.rand(32, requires_grad=True)
+    assert all(is_grouped(expert) for expert in layer.experts)
+    found = []
+    for path in (dispatch_loop, dispatch_grouped):
+        inputs = [x, weight, *(w for i in (0, 2, 3, 5) for w in layer.experts[i].parameters())]
+        y = path(layer.experts, x, token, weight, counts)
+        found.append([y, *torch.autograd.grad(y, inputs, upstream)])
+    for loop, grouped in zip(*found, strict=True):
+        torch.testing.assert_close(grouped, loop, rtol=1e-5, atol=1e-6)
+
+
+def test_other_layers_are_not_grouped() -> None:
+    assert not is_grouped(layer_of("sparse", ffn="gelu").experts[0])
+    assert not is_grouped(layer_of("sparse", mlp_bias=True).experts[0])
+    wrapped, laid_out = layer_of("sparse").experts[0], layer_of("sparse")
+    wrapped.up_proj = Wrapped(wrapped.up_proj)
+    assert not is_grouped(wrapped)
+    ready(laid_out)
+    assert not is_grouped(laid_out.experts[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@torch.no_grad()
+def test_a_layer_on_cuda_is_the_layer_on_the_cpu() -> None:
+    layer = layer_of("sparse")
+    x = torch.randn(2, 64, E)
+    on_cpu, on_cuda = layer(x, plain_context(64)), layer.cuda()(x.cuda(), plain_context(64, device="cuda"))
+    torch.testing.assert_close(on_cuda[0].cpu(), on_cpu[0], rtol=1e-3, atol=1e-4)
+    assert torch.equal(on_cuda[1].load.cpu(), on_cpu[1].load)
+    with torch.autocast("cuda", torch.bfloat16):
+        mixed = layer(x.cuda(), plain_context(64, device="cuda"))[0]
+    torch.testing.assert_close(mixed.cpu(), on_cpu[0], rtol=0.05, atol=0.02)
