@@ -166,7 +166,9 @@ class ModelSection(Section):
             raise ValueError(f"num_decoder_layers is set but stack is `{self.stack}`")
         if self.experts is not None and self.ffn == "none":
             raise ValueError("experts are feed-forward layers, but ffn is `none`")
-        if self.ffn == "none" and self.pattern != ["mamba2"] and set(self.pattern) != {"mamba2"}:
+        if self.position in ("relative", "alibi") and set(self.pattern) == {"mamba2"}:
+            raise ValueError(f"position: {self.position} adds to scores, but `mamba2` layers have none")
+        if self.ffn == "none" and set(self.pattern) != {"mamba2"}:
             raise ValueError("ffn: none goes with `mamba2` layers only")
         if isinstance(self.experts, SparseExperts):
             _check_sparse(self.experts)
