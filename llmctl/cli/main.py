@@ -17,7 +17,19 @@ import typer
 from typer.core import TyperGroup
 
 from llmctl import __version__
-from llmctl.cli import chat, data, doctor, quantize, quickstart, recipe, runs, stages, tokenizer, tune
+from llmctl.cli import (
+    chat,
+    data,
+    doctor,
+    explain,
+    quantize,
+    quickstart,
+    recipe,
+    runs,
+    stages,
+    tokenizer,
+    tune,
+)
 from llmctl.cli.boundary import guard
 
 Command = Callable[..., None]
@@ -58,6 +70,7 @@ COMMANDS: dict[str, Command | None] = {
     "generate": stages.generate,
     "chat": chat.chat,
     "eval": stages.evaluate,
+    "explain": explain.explain,
     "runs": None,
     "recipe": None,
     "doctor": doctor.doctor,
