@@ -69,8 +69,8 @@ class Buckets:
 
     def near(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether a query of one code sees a key of another, order aside; arguments broadcast."""
-        ahead = query - key
-        return ((ahead == 0) | (ahead == 1)) if self.causal else ahead.abs() <= 1
+        seen = (query == key) | (query - 1 == key)
+        return seen if self.causal else seen | (query + 1 == key)
 
     def mask(self, queries: int) -> Tensor:
         """The definition: [B, H, T, S], True where one of the last `queries` tokens sees a token."""
@@ -86,16 +86,23 @@ def attend_buckets(
 
     Tokens are sorted by bucket; tiles of them then read the few tiles where what they see must lie. Several rounds are
     combined into one softmax over all pairs that any round shows: a pair that n rounds show counts 1/n in each
-    (Reformer, eq. 5 and 6). Scores are multiplied by `scale`, 1 / sqrt(D) when None.
+    (Reformer, eq. 5 and 6). Scores are multiplied by `scale`, 1 / sqrt(D) when None. As in `attention.attend`, a CPU
+    computes in float32, under autocast too, and other devices in the dtype of the queries.
     """
     scale = scale if scale is not None else 1 / math.sqrt(q_BHTD.shape[-1])
     rounds = [_Round(buckets, number, k_BGTD.shape[1]) for number in range(buckets.code.shape[2])]
-    operands = (q_BHTD, k_BGTD, v_BGTD)
-    if len(rounds) == 1:
-        return _one_round(*operands, rounds[0], scale)
-    outs, weights = zip(*(_of_several(*operands, one, scale) for one in rounds), strict=True)
-    share_RBHT = torch.stack(weights).softmax(0)
-    return (torch.stack(outs) * share_RBHT[..., None]).sum(0)
+    with torch.autocast(q_BHTD.device.type, enabled=False):
+        operands = _of_one_dtype(q_BHTD, k_BGTD, v_BGTD)
+        if len(rounds) == 1:
+            return _one_round(*operands, rounds[0], scale)
+        outs, weights = zip(*(_of_several(*operands, one, scale) for one in rounds), strict=True)
+        share_RBHT = torch.stack(weights).softmax(0)
+        return (torch.stack(outs) * share_RBHT[..., None].to(outs[0].dtype)).sum(0)
+
+
+def _of_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(q.dtype, torch.float32) if q.device.type == "cpu" else q.dtype
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def _one_round(q: Tensor, k: Tensor, v: Tensor, one: _Round, scale: float) -> Tensor:
@@ -145,11 +152,14 @@ class _Round:
 
     def bias(self, dtype: torch.dtype) -> Tensor:
         """[B · H, N, Q, K], added to scores: -log of the number of rounds that show the pair, -inf for none."""
-        shown = torch.zeros_like(self.seen, dtype=torch.promote_types(dtype, torch.float32))
-        for code in self.buckets.code.unbind(2):
+        shown = torch.zeros_like(self.seen, dtype=torch.int16)
+        codes = self.buckets.code.unbind(2)
+        for code in codes:
             tiles = self._sorted(code.flatten(0, 1))
             shown += self.buckets.near(tiles, self._key_places(tiles))
-        bias = shown.log_().neg_()
+        bias = torch.zeros_like(self.seen, dtype=torch.promote_types(dtype, torch.float32))
+        for times in range(2, len(codes) + 1):  # a logarithm of every element takes longer
+            bias.masked_fill_(shown == times, -math.log(times))
         if self.buckets.others_first:
             bias = bias.add_(self.itself, alpha=SELF)
         return bias.masked_fill_(~self.seen, -torch.inf)
@@ -207,12 +217,15 @@ class _Round:
 def attend_buckets_reference(
     q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, buckets: Buckets, scale: float | None = None
 ) -> Tensor:
-    """The definition: softmax over all pairs that some round shows; what decodes, where T < S."""
+    """The definition: softmax over all pairs that some round shows; what decodes, where T < S. Dtypes as above."""
     scale = scale if scale is not None else 1 / math.sqrt(q_BHTD.shape[-1])
-    queries, repeat = q_BHTD.shape[2], q_BHTD.shape[1] // k_BGSD.shape[1]
-    k, v = (x.repeat_interleave(repeat, dim=1) for x in (k_BGSD, v_BGSD))
-    scores = (q_BHTD @ k.transpose(-1, -2) * scale).masked_fill(~buckets.mask(queries), -torch.inf)
-    if buckets.others_first:
-        itself = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(k.shape[2] - queries)
-        scores = scores + SELF * itself.tril(k.shape[2] - queries)
-    return scores.softmax(-1) @ v
+    queries, keys, repeat = q_BHTD.shape[2], k_BGSD.shape[2], q_BHTD.shape[1] // k_BGSD.shape[1]
+    with torch.autocast(q_BHTD.device.type, enabled=False):
+        q, k, v = _of_one_dtype(q_BHTD, k_BGSD, v_BGSD)
+        k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
+        scores = (q @ k.transpose(-1, -2) * scale).to(torch.promote_types(q.dtype, torch.float32))
+        if buckets.others_first:
+            itself = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
+            scores = scores + SELF * itself.triu(keys - queries).tril(keys - queries)
+        weights = scores.masked_fill(~buckets.mask(queries), -torch.inf).softmax(-1)
+        return weights.to(v.dtype) @ v

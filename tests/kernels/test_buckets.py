@@ -135,3 +135,14 @@ def test_rounds_may_be_left_out_of_the_shape():
     buckets = made(1, True, True)
     flat = dataclasses.replace(buckets, index=buckets.index[:, :, 0])
     torch.testing.assert_close(attend_buckets(*operands(2), flat), attend_buckets(*operands(2), buckets))
+
+
+@pytest.mark.parametrize("attention", [attend_buckets, attend_buckets_reference])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_cpu_attends_in_single_precision_under_autocast(rounds, attention):
+    buckets = made(rounds, True, True)
+    q, k, v = (x.detach().float() for x in operands(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention(q, k, v, buckets)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, attend_buckets_reference(q, k, v, buckets), atol=2e-6, rtol=1e-5)
