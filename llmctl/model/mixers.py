@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from llmctl.model.attention import GroupedQueryAttention
+from llmctl.model.content import LshAttention, RoutingAttention
 from llmctl.model.mamba import Mamba2
 from llmctl.model.mla import MultiHeadLatentAttention
 from llmctl.recipe.model import ModelSection
@@ -17,6 +18,8 @@ ATTENTIONS: dict[str, Callable[[ModelSection, int], nn.Module]] = {
 }
 # kinds of layers that are no pattern
 MIXERS: dict[str, Callable[[ModelSection, int], nn.Module]] = {
+    "routing": RoutingAttention,
+    "lsh": LshAttention,
     "mamba2": Mamba2,
 }
 

@@ -173,7 +173,7 @@ class Random:
 
     def drawn(self, block: Tensor, draw: int) -> Tensor:
         """The number of the block that draw `draw` gives to a block; no larger than its own."""
-        return _hash(block * 64 + draw, self.layer) % (block + 1)
+        return hashed(block * 64 + draw, self.layer) % (block + 1)
 
     def earlier_blocks(self, blocks: int) -> Tensor:
         """The blocks that each of `blocks` blocks has drawn, [blocks, count]."""
@@ -221,7 +221,7 @@ class Union:
         return next((part.draws for part in self.parts if part.draws is not None), None)
 
 
-def _hash(value: Tensor, seed: int) -> Tensor:
+def hashed(value: Tensor, seed: int) -> Tensor:
     """A well-mixed number of 31 bits for each (Wellons 2018, "lowbias32"), in 64-bit arithmetic."""
     x = (value.long() + 0x9E3779B9 * (seed + 1)) & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF

@@ -112,11 +112,14 @@ class Contracts:
 
     @torch.no_grad()
     def test_packed_and_padded_equals_separate(self, tower: Tower) -> None:
-        mask = masked("right")
-        positions = torch.stack([torch.arange(LENGTH), torch.cat([torch.arange(n) for n in (4, 9, 7)])])
-        found = tower(ids(), padded_context(mask, LENGTH, positions))
-        close(found[1, :4], tower(ids()[1:, :4])[0])
-        close(found[1, 4:13], tower(ids()[1:, 4:13])[0])
+        documents = torch.cat([torch.arange(4), torch.arange(9)])
+        for side, first in (("left", LENGTH - 13), ("right", 0)):
+            positions = torch.zeros(2, LENGTH, dtype=torch.long)
+            positions[0], positions[1, first : first + 13] = torch.arange(LENGTH), documents
+            found = tower(ids(), padded_context(masked(side), LENGTH, positions))
+            close(found[:1], tower(ids()[:1]))
+            for start, end in ((first, first + 4), (first + 4, first + 13)):
+                close(found[1:, start:end], tower(ids()[1:, start:end]))
 
     def test_half_precision_is_near(self, tower: Tower) -> None:
         expected = tower(ids())
