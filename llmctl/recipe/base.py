@@ -9,6 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from llmctl.recipe.words import WORDS
 
 
+class Mistake(ValueError):
+    """What is wrong with a value, and what to do about it; raised by the checks of a section."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
 class Section(BaseModel):
     """A group of fields. Unknown keys and wrong types are errors, never dropped or converted."""
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from llmctl.errors import UserError, nearest, one_of
-from llmctl.recipe.base import StageRecipe
+from llmctl.recipe.base import Mistake, StageRecipe
 from llmctl.recipe.schema import RECIPES
 from llmctl.recipe.shipped import find_recipe
 from llmctl.recipe.yaml import dump_yaml, parse_yaml, read_yaml
@@ -157,7 +157,8 @@ def _said(found: ErrorDetails, section: type[BaseModel] | None, name: str) -> tu
     if kind_of in ("model_type", "model_attributes_type"):
         return f"should be a section of keys and values, not {_shown(value)}", None
     if kind_of == "value_error":
-        return str(found["ctx"]["error"]), None
+        error = found["ctx"]["error"]
+        return str(error), error.hint if isinstance(error, Mistake) else None
     if kind_of == "too_short":
         return "should not be empty", None
     message = found["msg"].replace("Input should", "should")

@@ -6,12 +6,12 @@ class for each name here; a test holds the two together.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import field_validator, model_validator
+from pydantic import AfterValidator, model_validator
 
 from llmctl.errors import nearest, one_of
-from llmctl.recipe.base import Section, about
+from llmctl.recipe.base import Mistake, Section, about
 from llmctl.recipe.experts import Experts, SparseExperts, looks_ahead
 from llmctl.recipe.mixers import LshSection, MlaSection, RoutingSection, SsmSection
 from llmctl.recipe.rope import RopeDefault, RopeParameters
@@ -48,6 +48,26 @@ SECTIONS = {"routing": RoutingSection, "lsh": LshSection, "mamba2": SsmSection}
 SECTION_OF = {"routing": "routing", "lsh": "lsh", "mamba2": "ssm"}
 
 
+def _known_layer(entry: str) -> str:
+    predicates, mixers = get_args(Pattern), get_args(Mixer)
+    parts = entry.split("+")
+    for part in parts:
+        if part not in predicates and part not in mixers:
+            close = nearest(part, [*predicates, *mixers])
+            raise Mistake(
+                f"`{part}` is not one of {one_of([*predicates, *mixers])}",
+                f"did you mean `{close}`?" if close else None,
+            )
+        if part in mixers and len(parts) > 1:
+            raise Mistake(f"`{entry}`: `{part}` is a layer of its own and joins no other")
+    if "full" in parts and len(parts) > 1:
+        raise Mistake(f"`{entry}`: `full` sees everything already", "drop it or the others")
+    return entry
+
+
+LayerKind = Annotated[str, AfterValidator(_known_layer)]
+
+
 class ModelSection(Section):
     """An architecture. Unset sizes are filled in by `resolved()`, never guessed later."""
 
@@ -78,7 +98,7 @@ class ModelSection(Section):
     qk_norm: bool = about("model.qk_norm", False)
     query_pre_attn_scalar: float | None = about("model.query_pre_attn_scalar", None, gt=0)
     attn_logit_softcapping: float | None = about("model.attn_logit_softcapping", None, gt=0)
-    pattern: list[str] = about("model.pattern", ["full"], min_length=1)
+    pattern: list[LayerKind] = about("model.pattern", ["full"], min_length=1)
     sliding_window: int | None = about("model.sliding_window", None, gt=0)
     dilation: int | None = about("model.dilation", None, gt=1)
     num_global_tokens: int | None = about("model.num_global_tokens", None, gt=0)
@@ -97,23 +117,6 @@ class ModelSection(Section):
     final_logit_softcapping: float | None = about("model.final_logit_softcapping", None, gt=0)
     tie_word_embeddings: bool = about("model.tie_word_embeddings", True)
     initializer_range: float = about("model.initializer_range", 0.02, gt=0)
-
-    @field_validator("pattern")
-    @classmethod
-    def known_layers(cls, entries: list[str]) -> list[str]:
-        predicates, mixers = get_args(Pattern), get_args(Mixer)
-        for entry in entries:
-            parts = entry.split("+")
-            for part in parts:
-                if part not in predicates and part not in mixers:
-                    close = nearest(part, [*predicates, *mixers])
-                    meant = f"; did you mean `{close}`?" if close else ""
-                    raise ValueError(f"`{part}` is not one of {one_of([*predicates, *mixers])}{meant}")
-                if part in mixers and len(parts) > 1:
-                    raise ValueError(f"`{entry}`: `{part}` is a layer of its own and joins no other")
-            if "full" in parts and len(parts) > 1:
-                raise ValueError(f"`{entry}`: `full` sees everything already; drop it or the others")
-        return entries
 
     @model_validator(mode="after")
     def heads_fit(self) -> ModelSection:

@@ -77,6 +77,24 @@ class PretrainRecipe(StageRecipe):
             raise ValueError("`model` describes a new model, but `base` continues an existing one; drop one")
         return self
 
+    @model_validator(mode="after")
+    def lengths_fit(self) -> PretrainRecipe:
+        model = self.model
+        if model is None:
+            return self
+        longest, asked = model.max_position_embeddings, self.data.max_length
+        if asked is not None and asked > longest:
+            raise ValueError(
+                f"data.max_length is {asked}, but model.max_position_embeddings is {longest}"
+                + (", and learned positions end there" if model.position == "learned" else "")
+            )
+        if model.sliding_window is not None and model.sliding_window > longest:
+            raise ValueError(
+                f"model.sliding_window ({model.sliding_window}) is larger than the context "
+                f"(model.max_position_embeddings, {longest}): such layers would be `full`"
+            )
+        return self
+
 
 class EvalSection(Section):
     """`eval.*`."""

@@ -26,6 +26,7 @@ from llmctl.stages.text import (
     pad_id_of,
     row_length,
     score_rows,
+    scored_length,
     tell,
 )
 from llmctl.talk import Talk
@@ -47,9 +48,10 @@ def run(recipe: EvalRecipe, talk: Talk) -> dict[str, Any]:
     compute = pick_compute(recipe.device, settings.dtype, "eval.dtype")
     tokenizer = fitting_tokenizer(recipe.base)
     model = open_model(recipe.base, compute.dtype, compute.device)
-    length = row_length(settings.max_length, model.config.max_position_embeddings, "eval.max_length")
     if settings.answers:
+        length = row_length(settings.max_length, model.config.max_position_embeddings, "eval.max_length")
         return _answers(model, tokenizer, settings, compute, length, talk)
+    length = scored_length(settings.max_length, model.config.spec, "eval.max_length", talk)
     shards = open_shards(settings.data, settings.text_field, encoder_of(tokenizer), settings.cache_dir, talk)
     pieces = cut(shards.doc_start, length, "split", shards.where)
     tell(shards, pieces, length, talk)

@@ -17,6 +17,7 @@ from llmctl.model.checkpoint import load_model, load_weights, new_model, save_mo
 from llmctl.model.config import LlmctlConfig
 from llmctl.model.families import write_config
 from llmctl.model.open import open_config, open_folded
+from llmctl.model.steps import after_step
 from llmctl.recipe.generate import GenerateSection
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.model import ModelSection
@@ -176,6 +177,7 @@ def _job(
         save=partial(_save_files, model, inputs.tokenizer),
         load=partial(load_weights, model),
         evaluate=evaluate if eval_rows is not None else None,
+        after_step=partial(after_step, model),
     )
 
 

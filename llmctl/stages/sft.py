@@ -17,6 +17,7 @@ from llmctl.kernels.cross_entropy import slice_tokens
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.adapters import target_names
 from llmctl.model.leaves import leaves
+from llmctl.model.steps import after_step
 from llmctl.plan.memory import training_bytes
 from llmctl.plan.size import total_parameters
 from llmctl.recipe.load import dump_recipe
@@ -124,6 +125,7 @@ def _job(
         evaluate=evaluate,
         sample=partial(_answers, model, base, (held or rows).prompts(SAMPLES), settings.sample_tokens, talk),
         sample_steps=settings.sample_steps,
+        after_step=partial(after_step, model.model),
         patience=settings.early_stopping_patience,
     )
 

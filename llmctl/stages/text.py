@@ -17,6 +17,7 @@ from llmctl.evaluate.perplexity import Score, score
 from llmctl.kernels.device import Compute
 from llmctl.model import LlmctlForCausalLM, compile_blocks, recompute_activations
 from llmctl.model.open import open_config
+from llmctl.recipe.model import ModelSection
 from llmctl.recipe.schema import DataSection, TrainSection
 from llmctl.runs import Parent, folder_hash, run_of
 from llmctl.talk import Talk
@@ -85,6 +86,17 @@ def row_length(asked: int | None, longest: int, field: str) -> int:
             f"lower {field}, or give the model a longer context",
         )
     return asked or longest
+
+
+def scored_length(asked: int | None, spec: ModelSection, field: str, talk: Talk) -> int:
+    """As `row_length`, for text that is only read: positions that go on may go beyond the model's context."""
+    longest = spec.max_position_embeddings
+    if asked is None or asked <= longest or spec.position == "learned":
+        return row_length(asked, longest, field)
+    talk.say(
+        f"{field} is {asked}, beyond the model's max_position_embeddings of {longest}: it may not have learned to read that far"
+    )
+    return asked
 
 
 def highest_id(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -56,6 +56,7 @@ class Job:
         load: read them back from a checkpoint.
         sample: what the model answers now, one entry a prompt; None to take no samples.
         sample_steps: steps between samples; as often as evaluations when None.
+        after_step: what the model moves outside the gradient, called after each step of the optimizer.
         patience: evaluations without a lower loss after which the run ends, with the weights of the
             lowest; None never ends it early.
     """
@@ -71,6 +72,7 @@ class Job:
     evaluate: Callable[[], dict[str, float]] | None = None
     sample: Callable[[], list[dict[str, Any]]] | None = None
     sample_steps: int | None = None
+    after_step: Callable[[], None] | None = None
     patience: int | None = None
 
 
@@ -166,6 +168,8 @@ class _Training:
             raise self._diverged(float(total), float(norm), micro_batches, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.job.after_step is not None:
+            self.job.after_step()
         spent = time.perf_counter() - started
         self.progress = Progress(step + 1, self.progress.tokens + tokens, self.progress.seconds + spent)
         self.window.add(total, tokens, spent, norm, rate)

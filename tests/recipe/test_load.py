@@ -29,11 +29,12 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "model: {hiden_size: 8}": ("model.hiden_size: unknown key", "did you mean `hidden_size`?"),
     "model: {norm: rmsnrom}": (
-        "model.norm: `rmsnrom` is not one of `rmsnorm`",
+        "model.norm: `rmsnrom` is not one of `rmsnorm`, `rmsnorm1p`, `layernorm`",
         "did you mean `rmsnorm`?",
     ),
     "model: {pattern: [full, slidng]}": (
-        "model.pattern.1: `slidng` is not one of `full`, `sliding`",
+        "model.pattern.1: `slidng` is not one of `full`, `sliding`, `band`, `dilated`, `global`, `random`, `block`, "
+        "`routing`, `lsh`, `mamba2`",
         "did you mean `sliding`?",
     ),
     "model: {pattern: []}": ("model.pattern: should not be empty", EXPLAINS + "model.pattern"),
@@ -67,7 +68,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "data: 3": ("data: should be a section of keys and values, not 3", EXPLAINS + "data"),
     "data:": ("data: should be a section of keys and values, not nothing", EXPLAINS + "data"),
     "model: {rope_parameters: {rope_type: lnear}}": (
-        "model.rope_parameters: `lnear` is not one of `default`, `linear`, `llama3`",
+        "model.rope_parameters: `lnear` is not one of `default`, `linear`, `ntk`, `yarn`, `llama3`",
         "did you mean `linear`?",
     ),
     "model: {rope_parameters: {rope_type: linear}}": (
@@ -99,7 +100,7 @@ WRONG: dict[str, tuple[str, str]] = {
         EXPLAINS + "model",
     ),
     "model: {sliding_window: 4}": (
-        "model: sliding_window is set but no layer of pattern is `sliding`",
+        "model: sliding_window is set but no layer of pattern is `sliding`, `band`, `dilated`",
         EXPLAINS + "model",
     ),
     "model: {experts: {kind: sparse, num_experts_per_tok: 3, n_group: 4}}": (
