@@ -114,7 +114,7 @@ function heatMap(options) {
     const upright = named ? (phone ? 44 : 64) : 4;
     top = upright;
     cell = Math.max(named ? 11 : 4, Math.min(30, Math.floor((Math.min(room, WIDEST) - left - 2) / Math.max(value.width, 1))));
-    const tall = Math.min(Math.max(cell, 15), 30), width = left + cell * value.width + 1, height = top + tall * value.height + 1;
+    const tall = Math.max(15, Math.min(cell, 30, 720 / value.height)), width = left + cell * value.width + 1, height = top + tall * value.height + 1;
     const ratio = devicePixelRatio || 1, pen = canvas.getContext("2d");
     canvas.width = width * ratio; canvas.height = height * ratio;
     canvas.style.width = width + "px"; canvas.style.height = height + "px";

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmctl.kernels.attention import Scores
 from llmctl.model.traced import Attention
-from llmctl.recipe.model import ModelSection
 
 WINDOW = 64  # tokens of a map at most: the last ones
 CLOSE = 0.02  # weights · values that are farther than this share from what the mixer gave are not its own
@@ -19,20 +19,21 @@ OTHER_SCORES = "queries and keys by themselves do not give what this mixer gave"
 
 
 def attention_in(
-    module: str, notes: dict[str, Tensor], spec: ModelSection, bias_BHTS: Tensor | None, given_BTF: Tensor
+    module: str, notes: dict[str, Tensor], settings: Scores, bias_BHTS: Tensor | None, given_BTF: Tensor
 ) -> Attention | str:
     """The attention of one mixer from what it noted; in words, why not, if that does not give its output.
 
     Args:
         notes: `queries` [1, H, T, D], `keys` [1, G, S, D], `values` [1, G, S, D'], and `visible` [1, T, S] or
             [1, 1 or H, T, S], False where a key is hidden, if any is.
+        settings: what is done to the scores besides masking.
         bias_BHTS: added to the scores for the distance of query and key.
         given_BTF: what the mixer gave to its output projection, [1, T, H·D'].
     """
     q, k, v = (notes[name][0].float() for name in ("queries", "keys", "values"))
     H, T, S = q.shape[0], q.shape[1], k.shape[1]
     seen = min(WINDOW, T)
-    scale = (spec.query_pre_attn_scalar or q.shape[-1]) ** -0.5
+    scale = q.shape[-1] ** -0.5 if settings.scale is None else settings.scale
     allowed = torch.ones(1, T, S, dtype=torch.bool, device=q.device)
     if "visible" in notes:
         allowed = notes["visible"][0].expand(-1 if notes["visible"].dim() == 4 else 1, T, S)
@@ -41,7 +42,7 @@ def attention_in(
         k,
         allowed[:, -seen:],
         scale,
-        cap=spec.attn_logit_softcapping,
+        cap=settings.softcap,
         bias_HWS=None if bias_BHTS is None else bias_BHTS[0, :, -seen:].float(),
     )
     out = weights @ _per_head(v, H)
@@ -62,8 +63,8 @@ def attention_in(
         allowed=allowed[:, -seen:, first:].cpu(),
         weights=weights[..., first:].cpu(),
         earlier=weights[..., :first].sum(-1).cpu(),
-        hidden=int((~allowed[0]).sum()),
-        pairs=T * S,
+        hidden=int((~allowed).sum()),
+        pairs=allowed.numel(),
         deviation=deviation,
     )
 

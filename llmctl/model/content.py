@@ -226,12 +226,21 @@ def _attend(
     """Sorted where every token is a query, and by the definition where some are cached."""
     note_attention(ctx, layer, q, k, v)
     if ctx.trace is not None:
-        ctx.note(layer, "visible", buckets.mask(q.shape[2]))
+        ctx.note(layer, "visible", _shown(buckets, q.shape[2]))
     attend = attend_buckets if q.shape[2] == k.shape[2] else attend_buckets_reference
     # as in kernels/attention.py: float32 on the CPU, and the dtype of the queries elsewhere
     wide = torch.promote_types(q.dtype, torch.float32) if q.device.type == "cpu" else q.dtype
     with torch.autocast(q.device.type, enabled=False):
         return attend(q.to(wide), k.to(wide), v.to(wide), buckets, scale)
+
+
+def _shown(buckets: Buckets, queries: int) -> Tensor:
+    """What the queries read, [B, H, T, S]; where others come first, a token itself only if it sees none."""
+    seen = buckets.mask(queries)
+    if not buckets.others_first:
+        return seen
+    others = seen & ~torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)[-queries:]
+    return torch.where(others.any(-1, keepdim=True), others, seen)
 
 
 def _numbered_state(

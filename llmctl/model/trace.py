@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmctl.kernels.attention import PLAIN, Scores
 from llmctl.model import routers
 from llmctl.model.attention_maps import WINDOW, attention_in
 from llmctl.model.context import Context, plain_context
@@ -26,6 +27,7 @@ UNITS = {
     "q_proj": "queries",
     "k_proj": "keys",
     "v_proj": "values",
+    "qk_proj": "queries, keys",
     "q_norm": "norm of queries",
     "k_norm": "norm of keys",
     "o_proj": "output",
@@ -174,6 +176,8 @@ class Sight:
     def __init__(self, layer: Layer, watch: Watch) -> None:
         self.layer, self.watch = layer, watch
         self.prefix = f"model.layers.{layer.index}"
+        self._settings = PLAIN  # of its scores
+        self._silent: dict[str, nn.Module] = {}  # its units that have given nothing yet
         self._inside = ""  # the mixer or feed-forward layer that is at work
         self._chosen: Tensor | None = None  # what its router chose
         self._added: Tensor | None = None  # what one of them gave and the stream has not taken up yet
@@ -188,9 +192,12 @@ class Sight:
     def begin(self, name: str, module: nn.Module) -> None:
         """A mixer or feed-forward layer begins; parameters that belong to none of its modules come first."""
         self._inside = name
+        self._silent = dict(units(module, name))
+        settings = vars(module).get("scores")
+        self._settings = settings if isinstance(settings, Scores) else PLAIN
         own = tables_of(f"{self.prefix}.{name}", module, recurse=False)
         if own:
-            self.layer.steps.append(Step("its own", name, own))
+            self.layer.steps.append(Step("parameters", name, own))
 
     def input(self, name: str, x: Tensor) -> None:
         """A unit reads `x`: before the output projection stand the scores, before the last product the gate."""
@@ -205,9 +212,8 @@ class Sight:
         """A unit gave `out`. Experts are told together, when all are done."""
         if ".experts." in name:
             return
-        what = UNITS.get(name.rpartition(".")[2])
-        if what is None:
-            what = "norm" if "norm" in type(unit).__name__.lower() else name.rpartition(".")[2]
+        self._silent.pop(name, None)
+        what = _what(name, unit)
         tables = tables_of(f"{self.prefix}.{name}", unit)
         if isinstance(out, Choice):
             self._chosen = out.experts
@@ -222,6 +228,11 @@ class Sight:
         steps = self.layer.steps
         if name.endswith("attn") and not any(each.what == "scores" for each in steps):
             steps.append(Step("scores", said=f"{type(module).__name__} has no attention scores to show"))
+        # a unit may be no function but a place for weights, such as the convolution of a state-space layer
+        for unit, silent in self._silent.items():
+            tables = [] if ".experts." in unit else tables_of(f"{self.prefix}.{unit}", silent)
+            if tables:
+                steps.append(Step(_what(unit, silent), unit, tables))
         experts = dict(module.named_children()).get("experts")
         if experts is not None:
             above = f"{self.prefix}.{name}.experts"
@@ -247,7 +258,7 @@ class Sight:
         notes, steps = self.watch.notes(self.layer.index), self.layer.steps
         if not notes.keys() >= {"queries", "keys", "values"}:
             return
-        found = attention_in(self._inside, notes, self.watch.spec, self.watch.ctx.bias, x_BTF)
+        found = attention_in(self._inside, notes, self._settings, self.watch.ctx.bias, x_BTF)
         q, k, v = (notes.pop(name) for name in ("queries", "keys", "values"))
         pairs = self.watch.turns().numel()
         if pairs:
@@ -281,6 +292,11 @@ def units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         return
     for inner, child in inside:
         yield from units(child, f"{name}.{inner}")
+
+
+def _what(name: str, unit: nn.Module) -> str:
+    last = name.rpartition(".")[2]
+    return UNITS.get(last, "norm" if "norm" in type(unit).__name__.lower() else last)
 
 
 def _last(x_BTE: Tensor) -> Tensor:

@@ -65,7 +65,8 @@ class Attention:
         allowed: [H or 1, W, W], False where the mask hides a key.
         weights: [H, W, W], after mask and softmax.
         earlier: [H, W], the weight on keys before the window, which the maps leave out.
-        hidden, pairs: how many pairs of all T queries and S keys the mask hides, and how many there are.
+        hidden, pairs: how many pairs of all T queries and S keys the mask hides, and how many there are; over
+            all heads if each has a mask of its own.
         deviation: largest difference between weights · values and what the mixer gave, as a share of the
             largest number there.
     """

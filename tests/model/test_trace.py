@@ -56,6 +56,9 @@ KINDS: dict[str, dict[str, Any]] = {
         "dilation": 2,
     },
     "random": {"pattern": ["random+block"], "block_size": 4, "num_random_blocks": 1},
+    "by-content": {"pattern": ["routing", "lsh"]},
+    "mla": {"attention": "mla", "mla": {"q_lora_rank": 12, "kv_lora_rank": 16}},
+    "mamba2": {"pattern": ["mamba2", "full"], "ssm": {"head_dim": 16, "state_size": 8, "chunk_size": 8}},
     "sparse": {
         "experts": {"kind": "sparse", "num_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
     },
@@ -97,7 +100,7 @@ def test_every_kind_is_told_as_the_model_computes_it(kind: str, length: int) -> 
     tables = {table.name: table for step in told for table in step.tables}
     assert sum(table.parameters for table in tables.values()) == found.parameters
     for layer in found.layers:
-        assert [each.deviation < 1e-5 for each in layer.attention] == [True]
+        assert [each.deviation < 1e-5 for each in layer.attention] == [True] * (layer.pattern != "mamba2")
         assert [step.what for step in layer.steps].count("residual") == 2
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -121,12 +124,14 @@ def test_attention_and_probabilities_are_those_of_transformers(case: str, tmp_pa
     other = theirs(case)
     other.save_pretrained(tmp_path)
     words = ids(1, 24)
-    expected = other(words, output_attentions=True)
+    expected = other(words, output_attentions="mamba" not in case)
     found = trace(open_model(tmp_path), words[0].tolist())
     torch.testing.assert_close(
         found.logits.softmax(-1), expected.logits[0, -1].softmax(-1), atol=1e-5, rtol=1e-4
     )
-    for layer, weights in zip(found.layers, expected.attentions or (), strict=True):
+    if "mamba" in case:
+        return
+    for layer, weights in zip(found.layers, expected.attentions, strict=True):
         torch.testing.assert_close(layer.attention[0].weights, weights[0], atol=1e-5, rtol=1e-4)
 
 
