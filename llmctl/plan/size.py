@@ -79,11 +79,10 @@ def mixer_parameters(model: ModelSection, layer: int) -> int:
     if kind == "mamba2" and model.ssm is not None:
         return _ssm_parameters(model, model.ssm)
     if kind == "lsh":
-        inner = model.num_attention_heads * _set(model.head_dim)
-        bias = 2 * inner if model.attention_bias != "none" else 0
-        return (
-            3 * model.hidden_size * inner + bias + (model.hidden_size if model.attention_bias == "all" else 0)
-        )
+        # queries are keys as well
+        keys = _set(model.num_key_value_heads) * _set(model.head_dim)
+        bias = keys if model.attention_bias != "none" else 0
+        return attention_parameters(model) - model.hidden_size * keys - bias
     if model.attention == "mla" and kind != "routing" and model.mla is not None:
         return _mla_parameters(model, model.mla)
     return attention_parameters(model)
@@ -174,17 +173,18 @@ def cache_bytes_of_layer(model: ModelSection, layer: int, tokens: int, bytes_per
         window = (inner + 2 * model.ssm.n_groups * model.ssm.state_size) * (model.ssm.conv_kernel - 1)
         # whatever the number of tokens; what is carried on is kept in float32 at least
         return inner * model.ssm.state_size * max(4, bytes_per_value) + window * bytes_per_value
-    return sum(cached_values(model, kind)) * tokens * bytes_per_value
+    # where buckets are by content, those of each token too, as integers of 32 bits
+    rounds = {"routing": 1, "lsh": model.lsh.num_hashes if model.lsh is not None else 0}.get(kind, 0)
+    buckets = rounds * model.num_attention_heads * 4
+    return (sum(cached_values(model, kind)) * bytes_per_value + buckets) * tokens
 
 
 def cached_values(model: ModelSection, kind: str) -> tuple[int, ...]:
     """Numbers that a layer of this kind keeps of each token, one entry for each thing that is kept."""
     head_dim, heads = _set(model.head_dim), model.num_attention_heads
     if kind == "lsh":
-        return (heads * head_dim, heads * head_dim)
-    if kind == "routing":
-        return (_set(model.num_key_value_heads) * head_dim,) * 2
-    if model.mla is not None:
+        return (heads * head_dim, _set(model.num_key_value_heads) * head_dim)
+    if model.mla is not None and kind != "routing":
         return (model.mla.kv_lora_rank, model.mla.qk_rope_head_dim)
     return (_set(model.num_key_value_heads) * head_dim,) * 2
 
@@ -211,7 +211,7 @@ def _mla_parameters(model: ModelSection, mla: MlaSection) -> int:
     found = into + compressed + expanded + heads * mla.v_head_dim * width
     if model.attention_bias != "none":
         found += mla.kv_lora_rank + mla.qk_rope_head_dim + (mla.q_lora_rank or 0)
-    return found + (width if model.attention_bias != "none" else 0)
+    return found + (width if model.attention_bias == "all" else 0)
 
 
 def _ssm_parameters(model: ModelSection, ssm: SsmSection) -> int:
@@ -240,7 +240,8 @@ def _layer_norms(model: ModelSection, layer: int) -> int:
         return found + model.ssm.expand * model.hidden_size  # the gated RMSNorm inside
     if model.mla is not None and kind not in ("routing", "lsh"):
         return found + model.mla.kv_lora_rank + (model.mla.q_lora_rank or 0)
-    return found + (2 * norm_size(model, model.head_dim) if model.qk_norm else 0)
+    normed = 1 if kind == "lsh" else 2
+    return found + (normed * norm_size(model, model.head_dim) if model.qk_norm else 0)
 
 
 def _set(value: int | None) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 from llmctl.model.context import Context, packed_context, padded_context, plain_context
 from llmctl.model.init import initialize
 from llmctl.model.stack import Stack
+from llmctl.plan.size import kv_cache_bytes, total_parameters
 from llmctl.recipe.model import ModelSection
 
 VOCAB, LENGTH = 61, 20
@@ -169,6 +170,13 @@ class CausalContracts(Contracts):
             assert state.rows == 3
         found = tower(x[:, 8:], plain_context(LENGTH - 8, 8), states)
         close(found, tower(torch.cat([x[order, :8], x[:, 8:]], 1))[:, 8:])
+
+    @torch.no_grad()
+    def test_planned_sizes_are_those_held(self, tower: Tower) -> None:
+        assert sum(weight.numel() for weight in tower.parameters()) == total_parameters(tower.spec)
+        states = tower.init_states(1)
+        tower(ids(1), None, states)
+        assert sum(state.nbytes for state in states) == kv_cache_bytes(tower.spec, LENGTH, 4)
 
     @torch.no_grad()
     def test_tokens_are_taken_back(self, tower: Tower) -> None:

@@ -31,6 +31,7 @@ YARN = {
 CASES = {
     "plain": {},
     "compressed queries, biases": {"mla": {**MLA, "q_lora_rank": 12}, "attention_bias": "all"},
+    "biases of inputs": {"mla": MLA, "attention_bias": "qkv"},
     "wide values": {"mla": {**MLA, "v_head_dim": 20}},
     "yarn": {"rope_parameters": YARN},
     "window": {"pattern": ["sliding", "full"], "sliding_window": 6},
