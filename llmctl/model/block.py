@@ -61,6 +61,7 @@ class Block(nn.Module):
             return NORMS[model.norm](model.hidden_size, model.norm_eps)
 
         sandwich = model.norm_placement == "sandwich"
+        self.layer = layer
         self.placement, self.dropout = PLACEMENTS[model.norm_placement], model.hidden_dropout
         self.self_attn = mixer_of(model, layer)
         self.input_layernorm = norm()
@@ -102,6 +103,9 @@ class Block(nn.Module):
             if not self.routes:
                 return self._dropped(self.mlp(x))
             y, routing = self.mlp(x, ctx)
+            if ctx.trace is not None:
+                shares = routing.shares if routing.shares is not None else routing.logits.softmax(-1)
+                ctx.note(self.layer, "routing", shares)
             found.append(routing)
             return self._dropped(y)
 

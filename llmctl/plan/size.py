@@ -18,10 +18,10 @@ def parameters(model: ModelSection) -> dict[str, int]:
     width, vocab = model.hidden_size, _set(model.vocab_size)
     table = vocab * width
     total = dict.fromkeys(PARTS, 0)
-    total["embedding"] = table + model.type_vocab_size * width
-    total["head"] = 0 if model.tie_word_embeddings or model.stack == "encoder" else table
+    total["embedding"] = table
+    total["head"] = (0 if model.tie_word_embeddings else table) + _transform(model)
     for stack in stacks(model):
-        total["embedding"] += _position_table(model)
+        total["embedding"] += _position_table(model) + model.type_vocab_size * width
         total["norm"] += norm_size(model) * ((model.norm_placement != "post") + model.embedding_norm)
         for layer in range(stack.layers):
             total["attention"] += mixer_parameters(model, layer)
@@ -109,7 +109,8 @@ def flops_per_token(model: ModelSection, length: int) -> int:
     a causal row, or all of it in an encoder (PaLM, Chowdhery et al. 2022, appendix B). For an encoder–decoder
     it is the mean of what a token costs in either stack, with as many tokens in each.
     """
-    found = 2.0 * (0 if model.stack == "encoder" else _set(model.vocab_size) * model.hidden_size)
+    head = _set(model.vocab_size) + (model.hidden_size if model.stack == "encoder" else 0)
+    found = 2.0 * head * model.hidden_size
     models = stacks(model)
     for stack in models:
         causal = model.stack == "decoder" or stack.cross
@@ -221,6 +222,14 @@ def _ssm_parameters(model: ModelSection, ssm: SsmSection) -> int:
     found = model.hidden_size * (projected + inner) + (inner + shared) * ssm.conv_kernel + 3 * heads
     found += projected + model.hidden_size if ssm.use_bias else 0
     return found + (inner + shared if ssm.use_conv_bias else 0)
+
+
+def _transform(model: ModelSection) -> int:
+    """What the head of an encoder, a masked language model's, has besides its matrix: a layer, a norm, a bias."""
+    if model.stack != "encoder":
+        return 0
+    width = model.hidden_size
+    return width * width + width + norm_size(model) + _set(model.vocab_size)
 
 
 def _position_table(model: ModelSection) -> int:

@@ -61,6 +61,8 @@ def quantize_blocks(
             if not whole:
                 continue
             hessian = text.hessian(block, group[0])
+            # of an expert that no calibration token came to, nothing says which rounding is better
+            hessian = hessian if bool(hessian.any()) else torch.eye(len(hessian), device=hessian.device)
             for leaf in whole:
                 found[leaf.name], figures = _quantize(leaf, hessian, settings)
                 if tell is not None:
@@ -128,8 +130,13 @@ class _Text:
         return self._stack.embed(batch["input_ids"].to(self._device), ctx)
 
     def groups(self, block: nn.Module, inside: list[Leaf]) -> list[list[Leaf]]:
-        """The leaves of a block that read the same tensor together, in the order of their calls."""
+        """The leaves of a block that read the same tensor together, in the order of their calls.
+
+        What the first rows do not come to, experts and their like, is looked for in the others; what none comes
+        to is a group of its own at the end.
+        """
         found: list[tuple[Tensor, list[Leaf]]] = []
+        left = list(inside)
 
         def seen(leaf: Leaf, x: Tensor) -> None:
             for shared, group in found:
@@ -138,9 +145,14 @@ class _Text:
                     return
             found.append((x, [leaf]))
 
-        with _inputs(inside, seen):
-            self._run(block, self._rows[0])
-        return [group for _, group in found]
+        for rows in self._rows:
+            with _inputs(left, seen):
+                self._run(block, rows)
+            reached = {leaf.name for _, group in found for leaf in group}
+            left = [leaf for leaf in inside if leaf.name not in reached]
+            if not left:
+                break
+        return [*(group for _, group in found), *([leaf] for leaf in left)]
 
     def hessian(self, block: nn.Module, leaf: Leaf) -> Tensor:
         """2/N · X^T X over what a leaf reads at all real tokens, float32 [I, I].
@@ -153,7 +165,8 @@ class _Text:
             real = rows.real.to(self._device)
 
             def seen(leaf: Leaf, x: Tensor, real: Tensor = real) -> None:
-                x_NI = x[real].float()
+                # an expert is given its tokens one after the other; which of them are padding is not known then
+                x_NI = (x[real] if x.dim() == 3 else x).float()
                 total.addmm_(x_NI.T, x_NI)
                 raise _Enough
 

@@ -20,7 +20,7 @@ from llmctl.model.checkpoint import new_model
 from llmctl.quantize import calibrate
 from llmctl.quantize.absmax import absmax
 from llmctl.quantize.calibrate import quantize_blocks, real_tokens
-from llmctl.quantize.gptq import Gptq
+from llmctl.quantize.gptq import Gptq, gptq
 from tests.model.adapted import ROWS, spec
 
 SETTINGS = Gptq(bits=4, group=16)
@@ -270,3 +270,51 @@ def test_a_hessian_that_cannot_be_factored_names_its_leaf(monkeypatch: pytest.Mo
 def test_no_text() -> None:
     with pytest.raises(ValueError, match="no calibration text"):
         quantize_blocks(fresh(), [], SETTINGS)
+
+
+KINDS = {
+    "experts": {
+        "experts": {"kind": "sparse", "num_experts": 4, "moe_intermediate_size": 32, "n_shared_experts": 1}
+    },
+    "soft experts": {"experts": {"kind": "soft", "num_experts": 3, "moe_intermediate_size": 32}},
+    "latent attention": {
+        "attention": "mla",
+        "num_key_value_heads": 4,
+        "attention_bias": "none",
+        "mla": {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+    },
+    "state space": {"pattern": ["mamba2"], "ssm": {"state_size": 8, "head_dim": 16, "chunk_size": 8}},
+    "content": {
+        "pattern": ["routing", "lsh"],
+        "routing": {"num_clusters": 4, "chunk_size": 8},
+        "lsh": {"num_buckets": 4, "chunk_size": 8},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_leaf_of_every_kind_of_layer_is_quantized(kind: str) -> None:
+    """And on the text it was calibrated on no leaf is worse than rounding to the nearest, most are better."""
+    model, told = fresh(**KINDS[kind]), []
+    found = quantize_blocks(model, text(), SETTINGS, lambda name, figures: told.append(figures))
+    wanted = {leaf.name for leaf in leaves(model) if leaf.kind == "linear" and leaf.shape[1] % 16 == 0}
+    assert set(found) == wanted and len(wanted) > 4
+    assert all(figures["error"] <= figures["nearest_error"] * 1.001 for figures in told)
+    better = sum(figures["error"] < 0.9 * figures["nearest_error"] for figures in told)
+    assert better > 0.5 * len(told)
+
+
+def test_an_expert_that_no_token_came_to_is_rounded_as_if_its_inputs_were_alike() -> None:
+    model = fresh(
+        experts={"kind": "sparse", "num_experts": 4, "num_experts_per_tok": 1, "correction_bias": True}
+    )
+    for layer in model.model.layers:
+        layer.mlp.gate.e_score_correction_bias[2] = -1e4
+    before = {leaf.name: leaf.module.weight.detach().clone() for leaf in leaves(model)}
+    found = quantize_blocks(model, text(), SETTINGS)
+    idle = [name for name in found if "experts.2." in name]
+    assert len(idle) == 3 * len(model.model.layers)
+    for name in idle:
+        expected = gptq(before[name], torch.eye(before[name].shape[1]), SETTINGS).dequantize()
+        assert torch.equal(found[name].dequantize(), expected)
+        assert float((expected - before[name]).norm() / before[name].norm()) < 0.15
