@@ -289,7 +289,7 @@ function showMixer(each) {
     box.draw();
   }
   const words = (view) => VIEWS[view];
-  const groups = each.kv_heads < each.heads ? ` ${each.heads / each.kv_heads} of them share a head of keys and values.` : "";
+  const groups = each.kv_heads < each.heads ? ` ${each.heads / each.kv_heads} of them share each head of keys and values.` : "";
   show();
   return make("div", {},
     make("h3", {}, each.module === "self_attn" ? "Attention, head by head" : `Attention of ${each.module}, head by head`),

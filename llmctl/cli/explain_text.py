@@ -163,8 +163,11 @@ def _steps(walk: Walk, steps: Iterable[Step], columns: int, above: str) -> list[
     rows = [row if wide else row[:-1] for row in rows]
     tables = [row for row in rows if row[2]]
     widths = [max(cell_width(row[i]) for row in (tables if 0 < i < 5 else rows)) for i in range(len(rows[0]))]
-    widths[1] = max(columns - 2 * len(widths) - sum(widths) + widths[1], LEAST)
-    room = sum(widths[1:5]) + 6
+    rest = sum(widths[2:5]) + 6
+    longest = max([0, *(cell_width(row[1]) for row in rows if not row[2])])
+    widths[1] = max(widths[1], longest - rest)
+    widths[1] = max(LEAST, min(widths[1], columns - 2 * len(widths) - sum(widths) + widths[1]))
+    room = widths[1] + rest
     return [
         _row(row, widths, {3, 4, 6})
         if row[2]
