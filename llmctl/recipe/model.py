@@ -197,6 +197,25 @@ class ModelSection(Section):
             raise ValueError(f"`{content[0]}` layers take no score bias, but position is `{self.position}`")
         return self
 
+    @model_validator(mode="after")
+    def no_layer_passes_over_a_setting(self) -> ModelSection:
+        content = sorted({"routing", "lsh"} & set(self.pattern))
+        if content and self.attn_logit_softcapping is not None:
+            raise ValueError(f"`{content[0]}` layers do not bend scores, but attn_logit_softcapping is set")
+        if content and self.attention_dropout:
+            raise ValueError(f"`{content[0]}` layers drop no weights, but attention_dropout is set")
+        if self.attention == "mla":
+            if self.qk_norm:
+                raise ValueError(
+                    "attention: mla normalises what it compresses, not queries and keys; drop qk_norm"
+                )
+            if self.head_dim not in (None, (self.mla or MlaSection()).qk_rope_head_dim):
+                raise ValueError("attention: mla has widths of its own; set those of mla instead of head_dim")
+        ssm = self.ssm
+        if ssm is not None and (heads := ssm.expand * self.hidden_size // ssm.head_dim) % ssm.n_groups:
+            raise ValueError(f"ssm: its {heads} heads are not a multiple of n_groups ({ssm.n_groups})")
+        return self
+
     def resolved(self, vocab_size: int | None = None) -> ModelSection:
         """A copy with every unset size filled in; `vocab_size` is the tokenizer's."""
         wide = self.hidden_size * 8 // 3 if self.ffn in GATED else self.hidden_size * 4

@@ -54,6 +54,20 @@ class TestContentEncoder(Contracts):
         return Tower(**CASES[request.param], stack="encoder")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"attn_logit_softcapping": 2.0}, "layers do not bend scores, but attn_logit_softcapping is set"),
+        ({"attention_dropout": 0.1}, "layers drop no weights, but attention_dropout is set"),
+        ({"position": "alibi"}, "layers take no score bias, but position is `alibi`"),
+    ],
+)
+@pytest.mark.parametrize("name", ["routing", "lsh"])
+def test_settings_they_would_pass_over_are_refused(name, settings, said):
+    with pytest.raises(ValueError, match=f"`{name}` {said}"):
+        Tower(**CASES[name], **settings)
+
+
 # --- the definition, token by token -----------------------------------------------------------------
 
 

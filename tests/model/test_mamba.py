@@ -41,6 +41,18 @@ class TestMamba2(CausalContracts):
         super().test_tokens_are_taken_back(tower)
 
 
+@pytest.mark.parametrize(
+    ("ssm", "said"),
+    [
+        ({"head_dim": 7}, r"expand x hidden_size \(64\) is not a multiple of head_dim \(7\)"),
+        ({"n_groups": 3}, r"its 8 heads are not a multiple of n_groups \(3\)"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(ssm, said):
+    with pytest.raises(ValueError, match=f"ssm: {said}"):
+        tower_of("plain", ssm={**SSM, **ssm})
+
+
 # --- transformers -----------------------------------------------------------------------------------
 
 

@@ -58,6 +58,21 @@ class TestMlaEncoder(Contracts):
         return tower_of("plain", stack="encoder")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"qk_norm": True},
+            "attention: mla normalises what it compresses, not queries and keys; drop qk_norm",
+        ),
+        ({"head_dim": 8}, "attention: mla has widths of its own; set those of mla instead of head_dim"),
+    ],
+)
+def test_settings_it_would_pass_over_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        tower_of("plain", **settings)
+
+
 # --- transformers -----------------------------------------------------------------------------------
 
 
@@ -244,10 +259,10 @@ def test_memory_is_a_latent_and_a_key_of_all_heads():
 
 
 def test_memory_of_deepseek_v3_is_that_of_two_and_a_quarter_groups():
-    shape = {**SMALL, "head_dim": 128, "num_attention_heads": 8}
+    shape = {**SMALL, "num_attention_heads": 8}
     mla = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
     sizes = []
-    for settings in ({"num_key_value_heads": 8}, {"attention": "mla", "mla": mla}):
+    for settings in ({"head_dim": 128}, {"attention": "mla", "mla": mla}):
         state = Tower(**shape, **settings).layers[0].init_state(1, 10, torch.bfloat16, torch.device("cpu"))
         state.length = 10
         sizes.append(state.nbytes / 10)
