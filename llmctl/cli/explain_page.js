@@ -4,6 +4,7 @@ const tokens = walk.tokens.map((token) => token.text);
 const first = walk.window.first, shown = tokens.slice(first);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const redraw = [];
+const FONT = "12px ui-monospace, monospace";
 const WIDEST = 760; // pixels of a map
 
 // --- words ------------------------------------------------------------------------------------------
@@ -111,16 +112,18 @@ function heatMap(options) {
   function draw() {
     const room = box.clientWidth || 640, phone = room < 480;
     left = phone ? 64 : 96;
-    const upright = named ? (phone ? 44 : 64) : 4;
-    top = upright;
+    const pen = canvas.getContext("2d");
+    pen.font = FONT;
+    const longest = Math.max(0, ...columns.map((text) => pen.measureText(text).width));
+    top = named ? Math.min(phone ? 44 : 64, Math.ceil(longest) + 8) : 4;
     cell = Math.max(named ? 11 : 4, Math.min(30, Math.floor((Math.min(room, WIDEST) - left - 2) / Math.max(value.width, 1))));
     const tall = Math.max(15, Math.min(cell, 30, 720 / value.height)), width = left + cell * value.width + 1, height = top + tall * value.height + 1;
-    const ratio = devicePixelRatio || 1, pen = canvas.getContext("2d");
+    const ratio = devicePixelRatio || 1;
     canvas.width = width * ratio; canvas.height = height * ratio;
     canvas.style.width = width + "px"; canvas.style.height = height + "px";
     canvas.tall = tall;
     pen.scale(ratio, ratio);
-    pen.font = "12px ui-monospace, monospace";
+    pen.font = FONT; // a canvas forgets it with its size
     const scale = SCALES[mode()][kind], masked = style("--masked"), ink = style("--soft");
     for (let r = 0; r < value.height; r += 1) {
       for (let c = 0; c < value.width; c += 1) {

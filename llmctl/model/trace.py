@@ -225,7 +225,7 @@ class Sight:
 
     def mixed(self, name: str, module: nn.Module, out: Any) -> None:
         """A mixer or feed-forward layer is done; experts give what they found of their routing as well."""
-        steps = self.layer.steps
+        steps, given = self.layer.steps, out[0] if isinstance(out, tuple) else out
         if name.endswith("attn") and not any(each.what == "scores" for each in steps):
             steps.append(Step("scores", said=f"{type(module).__name__} has no attention scores to show"))
         # a unit may be no function but a place for weights, such as the convolution of a state-space layer
@@ -237,10 +237,11 @@ class Sight:
         if experts is not None:
             above = f"{self.prefix}.{name}.experts"
             each = [t for i, one in experts.named_children() for t in tables_of(f"{above}.{i}", one)]
-            steps.append(Step("experts", f"{name}.experts", alike(each, above)))
+            shape = tuple(given.shape[1:])
+            steps.append(Step("experts", f"{name}.experts", alike(each, above), shape, _rms(given)))
         if isinstance(out, tuple) and isinstance(out[1], routers.Routing):
             self.layer.routing = self._routing(out[1])
-        self._added = out[0] if isinstance(out, tuple) else out
+        self._added = given
 
     def _routing(self, found: routers.Routing) -> Routing:
         shares = (found.logits.softmax(-1) if found.shares is None else found.shares).float()
