@@ -7,6 +7,7 @@ the mixer gave (`attention_maps.py`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from llmctl.model.attention_maps import WINDOW, attention_in
 from llmctl.model.context import Context, plain_context
 from llmctl.model.hf import LlmctlForCausalLM
 from llmctl.model.routers import Choice
-from llmctl.model.traced import Guess, Layer, Routing, Step, Trace, alike, tables_of
+from llmctl.model.traced import Guess, Layer, Routing, Step, Table, Trace, alike, tables_of
 
 CHANNELS = 64  # numbers of a row that are kept
 # what a unit's name, its last part, means; one that is not here goes by its own name
@@ -88,7 +89,7 @@ def trace(model: LlmctlForCausalLM, ids: list[int], guesses: int = 10) -> Trace:
         logits=logits.float().cpu(),
         parameters=sum(each.parameters for each in every),
         bytes=sum(each.bytes for each in every),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=_dtypes(every),
     )
 
 
@@ -293,6 +294,14 @@ def units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         return
     for inner, child in inside:
         yield from units(child, f"{name}.{inner}")
+
+
+def _dtypes(tables: list[Table]) -> str:
+    """What most parameters are stored in, then what the others are."""
+    counts: Counter[str] = Counter()
+    for table in tables:
+        counts[table.dtype] += table.parameters
+    return " and ".join(name for name, _ in counts.most_common())
 
 
 def _what(name: str, unit: nn.Module) -> str:

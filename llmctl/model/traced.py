@@ -137,6 +137,7 @@ class Trace:
         lens: the guess from the embedding alone.
         logits: [V] after the last token.
         parameters, bytes: of the whole model, a tied table counted once.
+        dtype: such as `float32`, or `int4 and float32`.
     """
 
     spec: ModelSection
