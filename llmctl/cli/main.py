@@ -50,7 +50,13 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
     ),
     "recipe": (
         "See, explain and check recipes.",
-        {"list": recipe.list_recipes, "show": recipe.show, "check": recipe.check, "schema": recipe.schema},
+        {
+            "list": recipe.list_recipes,
+            "show": recipe.show,
+            "check": recipe.check,
+            "schema": recipe.schema,
+            "variants": recipe.variants,
+        },
     ),
 }
 

@@ -1,11 +1,11 @@
-"""`llmctl recipe list | show | check | schema`."""
+"""`llmctl recipe list | show | check | schema | variants`."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,11 @@ from llmctl.cli.boundary import report
 from llmctl.cli.options import AsJson
 from llmctl.cli.output import print_json, print_table
 from llmctl.errors import EXIT_USER_ERROR, UserError, nearest
+
+if TYPE_CHECKING:
+    from llmctl.recipe.variants import Axis
+
+WIDE = 120  # columns from which the overview has papers
 
 
 def list_recipes(as_json: AsJson = False) -> None:
@@ -47,7 +52,8 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", hidden=True)], as_j
     from llmctl.recipe.shipped import find_recipe, shipped_recipes
 
     path = Path(name)
-    if name in RECIPES and not path.is_file():
+    every = name in RECIPES and not path.is_file()
+    if every:
         recipe = stage_defaults(name)
     elif path.exists() or name in shipped_recipes() or not nearest(name, list(RECIPES)):
         recipe = check_file(find_recipe(name))
@@ -57,7 +63,7 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", hidden=True)], as_j
         print_json(recipe.model_dump(mode="json"))
     else:
         columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        print(annotated(recipe, columns), end="")
+        print(annotated(recipe, columns, every), end="")
 
 
 def check(files: Annotated[list[str], typer.Argument(metavar="FILE", hidden=True)]) -> None:
@@ -91,3 +97,73 @@ def schema() -> None:
     print_json(
         {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "llmctl recipe"} | described
     )
+
+
+def variants(
+    axis: Annotated[str | None, typer.Argument(metavar="[AXIS]", hidden=True)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what an architecture can be made of.
+
+    Each axis is one choice: norm, position, pattern and so on. With AXIS: how a recipe asks for each of its
+    variants, what it needs, what it does not go with, and its paper.
+    """
+    from llmctl.recipe.variants import AXES, find_axis
+
+    shown = AXES if axis is None else {axis: find_axis(axis)}
+    if as_json:
+        print_json([row for name, chosen in shown.items() for row in _rows(name, chosen)])
+        return
+    if axis is not None:
+        _print_axis(axis, shown[axis])
+        return
+    for name, chosen in AXES.items():
+        _print_overview(name, chosen)
+    print("llmctl recipe variants AXIS: how a recipe asks for each, and what it needs")
+
+
+def _rows(axis: str, chosen: Axis) -> list[dict[str, Any]]:
+    from llmctl.recipe.goes_with import needs, refused
+
+    return [
+        {
+            "axis": axis,
+            "field": chosen.field,
+            "name": name,
+            "does": variant.does,
+            "recipe": variant.recipe,
+            "needs": needs(axis, name),
+            "not_with": refused(axis, name),
+            "paper": None
+            if variant.paper is None
+            else {key: getattr(variant.paper, key) for key in ("name", "year", "arxiv")},
+        }
+        for name, variant in chosen.variants.items()
+    ]
+
+
+def _print_overview(axis: str, chosen: Axis) -> None:
+    """One table of an axis: names, sentences, and papers where there is room."""
+    found = [(f"  {name}", variant.paper or "", variant.does) for name, variant in chosen.variants.items()]
+    if not sys.stdout.isatty() or shutil.get_terminal_size().columns >= WIDE:
+        print_table((axis, "", chosen.about), found)
+    else:
+        print_table((axis, chosen.about), [(name, does) for name, _, does in found])
+    print()
+
+
+def _print_axis(axis: str, chosen: Axis) -> None:
+    """Everything about the variants of one axis: a few lines each."""
+    from llmctl.recipe.goes_with import needs_in_words, refused_in_words
+
+    rows = []
+    for name, variant in chosen.variants.items():
+        facts = {
+            "recipe": variant.recipe,
+            "needs": needs_in_words(axis, name),
+            "not with": refused_in_words(axis, name),
+            "paper": str(variant.paper or ""),
+        }
+        rows += [("", ""), (f"  {name}", variant.does)]
+        rows += [(f"    {kind}", said) for kind, said in facts.items() if said]
+    print_table((axis, f"{chosen.about} ({chosen.field})"), rows)

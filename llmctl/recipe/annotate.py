@@ -16,12 +16,14 @@ COLUMN = 34  # where comments begin, if the value leaves room
 NARROWEST = 30  # columns; a comment is not broken into less
 
 
-def annotated(recipe: BaseModel, width: int | None = None) -> str:
+def annotated(recipe: BaseModel, width: int | None = None, every: bool = False) -> str:
     """The recipe with its defaults written out and described; loading it gives the same recipe.
 
-    `width` is in columns: comments that would go past it are continued on the next line.
+    Args:
+        width: columns; comments that would go past it are continued on the next line.
+        every: show the fields of sections that are unset too, as comments.
     """
-    return "\n".join(_lines(recipe, 0, width)) + "\n"
+    return "\n".join(_lines(recipe, 0, width, every)) + "\n"
 
 
 def stage_defaults(stage: str) -> StageRecipe:
@@ -31,18 +33,26 @@ def stage_defaults(stage: str) -> StageRecipe:
     return kind.model_validate({n: {} for n, f in fields if f.default is None and section_of(f.annotation)})
 
 
-def _lines(section: BaseModel, depth: int, width: int | None) -> Iterator[str]:
+def _lines(section: BaseModel, depth: int, width: int | None, every: bool, mark: str = "") -> Iterator[str]:
     fields = type(section).model_fields
     # `stage` says how to read the rest, so it leads
     for name, field in sorted(fields.items(), key=lambda item: item[0] != "stage"):
         value = getattr(section, name)
         inside = isinstance(value, BaseModel)
-        text = f"{'  ' * depth}{name}:" + ("" if inside else f" {dump_yaml(value, one_line=True)}")
+        text = f"{'  ' * depth}{mark}{name}:" + ("" if inside else f" {dump_yaml(value, one_line=True)}")
         words = [field.description] if field.description else []
         if words and width is not None and width - COLUMN >= NARROWEST:
-            words = textwrap.wrap(words[0], width - COLUMN - len("  # "))
+            # the first line has less room where the value is long
+            before = " " * max(len(text), COLUMN)
+            found = textwrap.wrap(
+                words[0], width - len("  # "), initial_indent=before, subsequent_indent=" " * COLUMN
+            )
+            words = [line.strip() for line in found]
         for line in words or [""]:
             yield f"{text.ljust(COLUMN)}  # {line}" if line else text
             text = ""
+        kind = section_of(field.annotation) if every and value is None else None
         if inside:
-            yield from _lines(value, depth + 1, width)
+            yield from _lines(value, depth + 1, width, every, mark)
+        elif kind is not None:
+            yield from _lines(kind(), depth + 1, width, every, "# ")

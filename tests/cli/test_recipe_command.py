@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
+from llmctl.cli.recipe import variants
 from llmctl.errors import one_of
 from llmctl.recipe.annotate import annotated
 from llmctl.recipe.load import check_file, section_of
 from llmctl.recipe.schema import RECIPES
 from llmctl.recipe.shipped import shipped_recipes
+from llmctl.recipe.variants import AXES
 from llmctl.recipe.words import WORDS
+from tests.cli.terminal import Terminal
 from tests.program import Program
 
 
@@ -40,7 +45,8 @@ def test_show_of_a_stage_explains_every_field(stage: str, llmctl_: Program) -> N
     Path("shown.yaml").write_text(text, encoding="utf-8")
     check_file(Path("shown.yaml"))
     assert all("  # " in line for line in text.splitlines())
-    shown = {line.split(":")[0].strip() for line in text.splitlines()}
+    # those of sections that are unset stand there as comments
+    shown = {line.split(":")[0].strip(" #") for line in text.splitlines()}
     assert set(field_names(RECIPES[stage])) <= shown
 
 
@@ -99,3 +105,63 @@ def test_schema_is_strict_and_described(llmctl_: Program) -> None:
     rate = schema["$defs"]["TrainSection"]["properties"]["learning_rate"]
     assert rate["description"] == WORDS["train.learning_rate"]
     assert rate["exclusiveMinimum"] == 0
+
+
+def test_variants_prints_every_axis(llmctl_: Program) -> None:
+    text = llmctl_("recipe", "variants").out
+    for axis, chosen in AXES.items():
+        assert re.search(rf"^{axis} .*{re.escape(chosen.about)}$", text, re.M)
+        for name, variant in chosen.variants.items():
+            assert re.search(rf"^  {re.escape(name)} .*{re.escape(variant.does)}$", text, re.M)
+
+
+def test_variants_of_an_axis_say_how_to_ask(llmctl_: Program) -> None:
+    text = llmctl_("recipe", "variants", "mixer").out
+    part = text[text.index("  mamba2") :]
+    assert [line.split(maxsplit=1)[0] for line in part.splitlines()] == ["mamba2", "recipe", "not", "paper"]
+    assert "model.pattern=[mamba2]" in part and "stack other than decoder" in part
+    assert "arXiv:2405.21060" in part
+    needed = llmctl_("recipe", "variants", "pattern").out
+    assert re.search(r"^    needs +sliding_window, dilation$", needed, re.M)
+
+
+def test_variants_as_json(llmctl_: Program) -> None:
+    rows = json.loads(llmctl_("recipe", "variants", "--json").out)
+    assert [(row["axis"], row["name"]) for row in rows] == [(a, n) for a in AXES for n in AXES[a].variants]
+    one = json.loads(llmctl_("recipe", "variants", "experts", "--json").out)
+    assert one == [row for row in rows if row["axis"] == "experts"]
+    assert one[3] == {
+        "axis": "experts",
+        "field": "model.experts.kind",
+        "name": "slots",
+        "does": AXES["experts"].variants["slots"].does,
+        "recipe": "model.experts.kind=slots model.stack=encoder",
+        "needs": ["model.stack=encoder"],
+        "not_with": {},
+        "paper": {"name": "Soft MoE, Puigcerver et al.", "year": 2023, "arxiv": "2308.00951"},
+    }
+
+
+def test_an_unknown_axis_is_told_the_nearest(llmctl_: Program) -> None:
+    ended = llmctl_("recipe", "variants", "positon")
+    assert ended.code == 1 and ended.out == ""
+    assert ended.err.startswith("error: positon: not one of `stack`, `position`, `rope_type`")
+    assert ended.err.endswith("\nhint: did you mean `position`?\n")
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+@pytest.mark.parametrize("axis", [None, *AXES])
+def test_variants_fit_a_terminal(axis: str | None, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(columns, 1000)
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    variants(axis)
+    written = "".join(line + "\n" for line in terminal.lines).split()
+    for name, variant in (AXES[axis] if axis else AXES["norm"]).variants.items():
+        assert name in written
+        assert any(line.strip().startswith(name) and len(line) <= columns for line in terminal.lines)
+        assert set(variant.does.split()) <= set(written)
+    # a line that did not fit would go on at the left margin, where only axes stand
+    margins = {line.split(" ")[0] for line in terminal.lines if line[:1].strip()}
+    assert margins <= {*AXES, "llmctl"}
+    assert (axis is None and columns == 160) == (axis is None and "arXiv:1910.07467" in " ".join(written))
