@@ -49,6 +49,7 @@ LONG_FUNCTIONS: dict[str, int] = {}
 MANY_PARAMETERS: dict[str, int] = {
     # transformers, PEFT and TRL look for these names in the signature
     "llmctl/model/hf.py::LlmctlForCausalLM.forward": 10,
+    "llmctl/model/seq2seq.py::LlmctlForConditionalGeneration.forward": 12,
     # a kernel is handed pointers, strides and sizes one by one, and what it is compiled for
     "llmctl/kernels/flash_triton.py::_forward": 16,
     "llmctl/kernels/flash_triton.py::_backward_keys": 20,

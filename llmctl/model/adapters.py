@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
-TASKS = {"causal": "CAUSAL_LM", "reward": "SEQ_CLS"}
+TASKS = {"causal": "CAUSAL_LM", "reward": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
 
 
 def is_adapter(folder: Path) -> bool:
@@ -80,14 +80,14 @@ def add_lora(
         tokens: rows of the embedding table (and of the head) that are trained too, because the base
             model never saw them.
         base: what to write down as the model this adapter belongs to.
-        task: causal, or reward, whose score head is trained and saved whole.
+        task: causal, seq2seq, or reward, whose score head is trained and saved whole.
     """
     from peft import LoraConfig, get_peft_model
 
     from llmctl.model.lora_layer import fuse
 
     rows: list[int] | dict[str, list[int]] | None = list(tokens) or None
-    if rows and not model.config.tie_word_embeddings and task == "causal":
+    if rows and not model.config.tie_word_embeddings and task != "reward":
         # a plain list would train the embedding and leave the head's rows as they are
         rows = {"embed_tokens": list(tokens), "lm_head": list(tokens)}
     config = LoraConfig(

@@ -1,4 +1,4 @@
-"""A backbone with a score head: what a reward model is, as transformers' `…ForSequenceClassification`."""
+"""A backbone with a score head: a reward model, or a classifier, as transformers' `…ForSequenceClassification`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
@@ -25,14 +26,34 @@ from llmctl.model.open import as_trained, base_of, open_base, open_folded
 SCORER = "ForSequenceClassification"
 
 
+class Pooler(nn.Module):
+    """tanh(dense(x)), [..., E] -> [..., E], of an encoder's first token (Devlin et al. 2019, arXiv:1810.04805)."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.dense(x).tanh(), self.dropout, self.training)
+
+
 class LlmctlForSequenceClassification(LlmctlPreTrainedModel):
-    """Backbone and `score`, a matrix [labels, hidden] without bias, read at each row's last real token."""
+    """Backbone and `score`, a matrix [labels, hidden].
+
+    A decoder is read at each row's last real token, an encoder at the first, through a `pooler`; there
+    `score` has a bias.
+    """
+
+    stacks = ("decoder", "encoder")
 
     def __init__(self, config: LlmctlConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = LlmctlModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        encoder = config.spec.stack == "encoder"
+        self.pooler = Pooler(config.hidden_size, config.spec.hidden_dropout) if encoder else None
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=encoder)
         self.post_init()
 
     def forward(
@@ -63,8 +84,11 @@ class LlmctlForSequenceClassification(LlmctlPreTrainedModel):
             **kwargs,
         )
         hidden = out.last_hidden_state
-        last = _last(hidden, input_ids, attention_mask, self.config.pad_token_id)
-        pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        rows = torch.arange(len(hidden), device=hidden.device)
+        if self.pooler is not None:
+            pooled = self.pooler(hidden[rows, 0 if attention_mask is None else attention_mask.argmax(-1)])
+        else:
+            pooled = hidden[rows, _last(hidden, input_ids, attention_mask, self.config.pad_token_id)]
         # one product a row: in bfloat16 it would cost nothing less, and blur the scores that are compared
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self.score(pooled.to(next(self.score.parameters()).dtype))

@@ -53,20 +53,21 @@ class Stack:
         self,
         spec: ModelSection,
         *,
-        shared: nn.Embedding | None = None,
+        embeds: bool = True,
         layers: int | None = None,
         cross: bool = False,
     ) -> None:
         """Make the modules. `spec` must be resolved: every size filled in.
 
         Args:
-            shared: an embedding table that belongs to several stacks; None makes one.
+            embeds: whether it has an embedding table; else it is given embeddings.
             layers: their number; the spec's when None.
             cross: whether the blocks read an encoder's states.
         """
         assert spec.vocab_size is not None
         self.spec = spec
-        self.embed_tokens = shared if shared is not None else nn.Embedding(spec.vocab_size, spec.hidden_size)
+        if embeds:
+            self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         self.embed_types = (
             nn.Embedding(spec.type_vocab_size, spec.hidden_size) if spec.type_vocab_size else None
         )
@@ -136,7 +137,8 @@ class Stack:
 
     def init_states(self, batch: int, capacity: int = 0) -> list[State]:
         """Empty memory for every layer: `capacity` tokens in each of `batch` rows before it has to grow."""
-        weight = self.embed_tokens.weight
+        # a norm is never packed
+        weight = next(self.layers[0].input_layernorm.parameters())
         # the CPU path attends in float32, so it keeps what it needs
         dtype: torch.dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
         return [layer.init_state(batch, capacity, dtype, weight.device) for layer in self.layers]

@@ -135,6 +135,11 @@ def prepare(recipe: PretrainRecipe) -> Inputs:
     else:
         rows = max(len(tokenizer), highest_id(tokenizer) + 1)
         spec = (recipe.model or ModelSection()).resolved(vocab_size=rows)
+        if spec.stack != "decoder":
+            raise UserError(
+                f"model.stack: `{spec.stack}`, but `llmctl pretrain` teaches models to write",
+                "set model.stack to decoder",
+            )
         refuse_mismatch(tokenizer, spec.vocab_size or 0, source)
         # a family that cannot express the model would otherwise show at the first save
         write_config(LlmctlConfig.of(spec))
