@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
@@ -20,24 +19,39 @@ from llmctl.kernels.quantized import Quantized
 from llmctl.locate import locate
 from llmctl.model.compressed import Scheme, layers_in, read_layer, scheme_in, stored
 from llmctl.model.config import LlmctlConfig
-from llmctl.model.families import CARRIED, FAMILIES, config_in
+from llmctl.model.families import FAMILIES, carried, config_in
+from llmctl.model.families.row import Family
 from llmctl.model.hf import LlmctlForCausalLM, LlmctlPreTrainedModel
 from llmctl.model.init import initialize
-from llmctl.model.keymap import Rule, load_one, to_core
+from llmctl.model.keymap import to_core, to_disk
 from llmctl.model.leaves import leaves, swap
+from llmctl.model.masked import LlmctlForMaskedLM
 from llmctl.model.packed import PackedLinear, settle
+from llmctl.model.seq2seq import LlmctlForConditionalGeneration
+from llmctl.model.weights import PICKLED, PICKLED_INDEX, Stored, open_weights
 from llmctl.recipe.model import ModelSection
 from llmctl.runs import run_of
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+PICKLES = [PICKLED, PICKLED_INDEX, "pytorch_model-*.bin"]
 # buffers that old checkpoints carry and no model needs
-DROPPED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+DROPPED = ("rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
+BACKBONE = "Model"
+ENCODER_HINT = "an encoder reads both ways and writes nothing; give a language model here"
+PAIR_HINT = "in Python, LlmctlForConditionalGeneration opens it; give a language model here"
 # end of a class's name -> what it is, and what to do with it where another is needed
 KINDS = {
     "ForCausalLM": ("a language model", "`llmctl reward` makes a reward model of it"),
     "ForSequenceClassification": ("a reward model", "`llmctl score` reads it; give a language model here"),
+    "ForMaskedLM": ("a masked language model", ENCODER_HINT),
+    "ForConditionalGeneration": ("an encoder–decoder", PAIR_HINT),
+    BACKBONE: ("a backbone without a head", "give the whole model it was taken from"),
+}
+# stack -> the class of a new model, what it is called where another is needed, and what to do then
+STACKS: dict[str, tuple[type[LlmctlPreTrainedModel], str, str]] = {
+    "decoder": (LlmctlForCausalLM, "a decoder", "give a model of another kind here"),
+    "encoder": (LlmctlForMaskedLM, "an encoder", ENCODER_HINT),
+    "encoder_decoder": (LlmctlForConditionalGeneration, "an encoder–decoder", PAIR_HINT),
 }
 M = TypeVar("M", bound=LlmctlPreTrainedModel)
 Quantization = Literal["refuse", "fast", "exact"]
@@ -48,11 +62,24 @@ def new_model(spec: ModelSection, seed: int, **ids: Any) -> LlmctlForCausalLM:
 
     `ids` are bos_token_id, eos_token_id (an int or a list) and pad_token_id.
     """
-    model = _empty(LlmctlConfig.of(spec.resolved(), **ids), LlmctlForCausalLM)
+    return _new(LlmctlForCausalLM, spec, seed, ids)
+
+
+def new_of_stack(spec: ModelSection, seed: int, **ids: Any) -> LlmctlPreTrainedModel:
+    """As `new_model`, of the class that goes with `spec.stack`: a masked language model, an encoder–decoder.
+
+    `ids` of an encoder–decoder are decoder_start_token_id too.
+    """
+    return _new(STACKS[spec.stack][0], spec, seed, ids)
+
+
+def _new(kind: type[M], spec: ModelSection, seed: int, ids: dict[str, Any]) -> M:
+    model = _empty(LlmctlConfig.of(spec.resolved(), **ids), kind)
     model.to_empty(device="cpu")
     model.tie_weights()
     initialize(model, spec, seed)
-    model.generation_config = GenerationConfig(**ids)
+    if model.can_generate():
+        model.generation_config = GenerationConfig(**ids)
     return model
 
 
@@ -63,6 +90,7 @@ def load_model(
     kind: type[M] = LlmctlForCausalLM,  # type: ignore[assignment]  # mypy knows no defaults of type variables
     *,
     quantized: Quantization = "refuse",
+    allow_pickle: bool = False,
 ) -> M:
     """The model in a run folder, a Hugging Face folder or on the hub.
 
@@ -71,30 +99,24 @@ def load_model(
         kind: which of our classes it is: what stands on the backbone.
         quantized: quantized layers are refused, since nothing can be trained on them or added to them, or
             compute by their fastest path, or exactly as stored.
+        allow_pickle: read `pytorch_model.bin` where there are no safetensors.
 
     Raises:
         UserError: no such folder or file, an unsupported architecture or another kind of model, a file
-            that is not safetensors or was cut short, tensors that are missing, unexpected or of another
-            shape.
+            that is not safetensors (or an allowed pickle) or was cut short, tensors that are missing,
+            unexpected or of another shape.
     """
-    folder = locate(str(where), FILES)
+    folder = locate(str(where), FILES + PICKLES if allow_pickle else FILES)
     config = config_in(folder)
     _refuse_other_kind(folder, config, kind)
-    name = config.spec.family
+    family = FAMILIES.get(config.spec.family)
     scheme = _scheme(folder, quantized)
     model = _empty(config, kind)
     with ExitStack() as stack:
-        tensors = _open_weights(folder, stack)
+        tensors = open_weights(folder, stack, allow_pickle)
         if scheme is not None:
             tensors = _fill_packed(model, tensors, scheme, folder)
-        _fill(
-            model,
-            tensors,
-            FAMILIES[name].rules(config.spec) if name in FAMILIES else (),
-            dtype,
-            device,
-            folder,
-        )
+        _fill(model, tensors, family, dtype, device, folder)
     model.tie_weights()
     settle(model, torch.device(device), exact=quantized == "exact")
     if model.can_generate():
@@ -174,14 +196,16 @@ def _scheme(folder: Path, quantized: Quantization) -> Scheme | None:
     return scheme
 
 
-def _fill_packed(model: nn.Module, tensors: dict[str, Any], scheme: Scheme, folder: Path) -> dict[str, Any]:
+def _fill_packed(
+    model: nn.Module, tensors: dict[str, Stored], scheme: Scheme, folder: Path
+) -> dict[str, Stored]:
     """Put the quantized layers of a checkpoint in their places; returns the tensors that are left."""
     known = {leaf.name: leaf for leaf in leaves(model)}
     used: set[str] = set()
 
     def read(name: str) -> Tensor:
         used.add(name)
-        return tensors[name].get_tensor(name)
+        return tensors[name].mapped()
 
     for name in layers_in(tensors):
         if name not in known:
@@ -191,95 +215,94 @@ def _fill_packed(model: nn.Module, tensors: dict[str, Any], scheme: Scheme, fold
     return {name: file for name, file in tensors.items() if name not in used}
 
 
+def head_in(config: LlmctlConfig) -> tuple[str, str] | None:
+    """The key of `KINDS` for what `config.json` says a model is, and the class that it names; None if it names none."""
+    plain = FAMILIES[config.spec.family].plain_name if config.spec.family in FAMILIES else str
+    names = config.architectures or []
+    return next(((end, name) for name in names for end in KINDS if plain(name).endswith(end)), None)
+
+
 def _refuse_other_kind(folder: Path, config: LlmctlConfig, kind: type[LlmctlPreTrainedModel]) -> None:
-    held = {end: name for name in config.architectures or [] for end in KINDS if name.endswith(end)}
+    held = head_in(config)
     wanted = next((end for end in KINDS if kind.__name__.endswith(end)), None)
-    if held and wanted not in held:
-        end, name = next(iter(held.items()))
-        raise UserError(
-            f"{folder}: holds {KINDS[end][0]} ({name}), not {KINDS[wanted][0] if wanted else kind.__name__}",
-            KINDS[end][1],
-        )
+    needed = KINDS[wanted][0] if wanted else kind.__name__
+    if held and wanted not in (held[0], BACKBONE):  # which every model has
+        end, name = held
+        raise UserError(f"{folder}: holds {KINDS[end][0]} ({name}), not {needed}", KINDS[end][1])
+    if config.spec.stack not in kind.stacks:
+        _, name, hint = STACKS[config.spec.stack]
+        raise UserError(f"{folder}: holds {name}, not {needed}", hint)
 
 
 def _generation_config(folder: Path, config: LlmctlConfig) -> GenerationConfig:
     path = folder / "generation_config.json"
     if path.is_file():
         return GenerationConfig.from_dict(read_json(path))
-    ids = {key: getattr(config, key, None) for key in CARRIED}
-    return GenerationConfig(**ids)
-
-
-def _open_weights(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Tensor name -> open safetensors file; nothing is read yet."""
-    paths = [folder / WEIGHTS]
-    if not paths[0].is_file():
-        if not (folder / INDEX).is_file():
-            raise UserError(f"{folder}: no {WEIGHTS}", _hint_for_missing(folder))
-        names = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise UserError(f"{folder / INDEX}: lists no weights", "copy or download the model again")
-        paths = [folder / str(name) for name in sorted(set(names.values()))]
-    tensors: dict[str, Any] = {}
-    for path in paths:
-        try:
-            path.open("rb").close()  # safetensors calls every refusal of the system "not found"
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            tensors |= dict.fromkeys(file.keys(), file)
-        except FileNotFoundError:
-            raise UserError(
-                f"{path}: missing, though {INDEX} lists it", "copy or download it again"
-            ) from None
-        except PermissionError:
-            raise UserError(f"{path}: no permission to read", "ask its owner, or copy the folder") from None
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path}: damaged or cut short ({error})",
-                "copy or download it again, or use a checkpoint of the run",
-            ) from None
-    return tensors
-
-
-def _hint_for_missing(folder: Path) -> str:
-    if (folder / "adapter_config.json").is_file():
-        return "this folder holds an adapter, not a model"
-    if any(folder.glob("*.bin")):
-        return "only safetensors are read; pickled .bin files can run code"
-    if any(folder.glob("checkpoints/step-*")):
-        return "the run was not finished; go on with --resume, or name a folder under checkpoints/"
-    return "copy or download the model again"
+    return GenerationConfig(**carried(config))
 
 
 def _fill(
-    model: nn.Module,
-    tensors: dict[str, Any],
-    rules: tuple[Rule, ...],
+    model: LlmctlPreTrainedModel,
+    tensors: dict[str, Stored],
+    family: Family | None,
     dtype: torch.dtype | None,
     device: str | torch.device,
     folder: Path,
 ) -> None:
-    plan = to_core([name for name in tensors if not name.endswith(DROPPED)], rules)
-    wanted = dict(model.named_parameters(remove_duplicate=False))
+    """Give every parameter and saved buffer what the files hold; each is in memory at most once."""
+    family = family or Family("Llmctl")
+    rules = family.rules(model.config.spec)
+    # what quantized layers hold is not on the meta device, and no longer wanted
+    # files hold whole models: a backbone is named by its place in one
+    place = "model." if model.base_model is model else ""
+    state = model.state_dict(keep_vars=True).items()
+    wanted = {place + name: value for name, value in state if value.is_meta}
     tied = set(getattr(model, "all_tied_weights_keys", {}))
-    _refuse(folder, "missing", sorted(wanted.keys() - plan.keys() - tied))
-    _refuse(folder, "unexpected", sorted(plan.keys() - wanted.keys()))
-    for name, parameter in _untied(wanted, tied):
-        weight: Tensor = load_one(plan[name], lambda disk: tensors[disk].get_tensor(disk))
-        if weight.shape != parameter.shape:
-            found, needed = list(weight.shape), list(parameter.shape)
+    needed = to_disk(wanted, rules)  # on the meta device: names and shapes alone
+    tensors = family.current_names(tensors, needed)
+    if place:
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(family.bare)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(DROPPED)}
+    spare = to_disk({name: wanted[name] for name in tied & wanted.keys()}, rules)
+    _refuse(folder, "missing", sorted(needed.keys() - tensors.keys() - spare.keys()))
+    _refuse(folder, "unexpected", sorted(tensors.keys() - needed.keys()))
+    _check(tensors, needed, folder)
+    for step in to_core(tensors, rules):
+        names = [name for name in step.core if name in wanted and name not in tied]
+        if not names:
+            continue
+        kept = {name: _dtype_of(wanted[name], dtype) for name in names}
+        found = tensors[step.disk[0]].mapped().dtype
+        # a view of the file where it is what the model needs; else read, since mapped pages would stay beside
+        as_is = torch.device(device).type == "cpu" and all(kind in (None, found) for kind in kept.values())
+        get = Stored.read if step.rule.copies or not as_is else Stored.mapped
+        values = step.load([get(tensors[name]) for name in step.disk])
+        for name in names:
+            value = values.pop(name).to(device=device, dtype=kept[name])
+            owner, _, leaf = name.removeprefix(place).rpartition(".")
+            is_weight = isinstance(wanted[name], nn.Parameter)
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(value) if is_weight else value)
+
+
+def _dtype_of(target: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
+    """What a tensor is stored as: buffers know it, weights are what is asked for, or as on disk (None)."""
+    return dtype if isinstance(target, nn.Parameter) else target.dtype
+
+
+def _check(tensors: dict[str, Stored], needed: dict[str, Tensor], folder: Path) -> None:
+    """Hold what is on disk against what the config asks for, under the names of the files."""
+    for name, tensor in tensors.items():
+        found = tensor.mapped()
+        if found.shape != needed[name].shape:
             raise UserError(
-                f"{folder}: tensor {name} has shape {found}, but config.json asks for {needed}",
+                f"{folder}: tensor {tensor.name} has shape {list(found.shape)}, "
+                f"but config.json asks for {list(needed[name].shape)}",
                 "the weights belong to another config",
             )
-        owner, leaf = name.rsplit(".", 1)
-        if not weight.is_floating_point():
-            raise UserError(f"{folder}: tensor {name} holds {weight.dtype}, not weights", "is it quantized?")
-        filled = nn.Parameter(weight.to(device=device, dtype=dtype or weight.dtype))
-        setattr(model.get_submodule(owner), leaf, filled)
-
-
-def _untied(wanted: dict[str, nn.Parameter], tied: set[str]) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, weight) for name, weight in wanted.items() if name not in tied)
+        if not found.is_floating_point():
+            raise UserError(
+                f"{folder}: tensor {tensor.name} holds {found.dtype}, not weights", "is it quantized?"
+            )
 
 
 def _refuse(folder: Path, how: str, names: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from llmctl.recipe.experts import SparseExperts
@@ -12,6 +13,7 @@ from llmctl.recipe.model import ModelSection
 MODEL_TYPE = "llmctl"
 
 
+@strict  # which has transformers ask `validate_rope`
 class LlmctlConfig(PreTrainedConfig):
     """All fields of `recipe/model.py` as attributes, plus what every transformers config has.
 
@@ -32,6 +34,9 @@ class LlmctlConfig(PreTrainedConfig):
         for name, value in told.items():
             setattr(self, name, value)
         super().__post_init__(**{name: value for name, value in kwargs.items() if name not in told})
+
+    def validate_rope(self) -> None:
+        """Nothing: the section has checked the rotation; transformers would ask for an even head where none is turned."""
 
     @property
     def spec(self) -> ModelSection:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +24,19 @@ from transformers.modeling_outputs import (
     MoeModelOutputWithPast,
 )
 
+from llmctl.errors import UserError
 from llmctl.files import write_json
 from llmctl.kernels.cross_entropy import IGNORE, linear_cross_entropy
 from llmctl.locate import locate
 from llmctl.model import families
+from llmctl.model.attention import GroupedQueryAttention
 from llmctl.model.cache import ForeignState, StateCache
 from llmctl.model.config import LlmctlConfig
 from llmctl.model.context import context_of
 from llmctl.model.experts import Routing
 from llmctl.model.init import fill, role_of
 from llmctl.model.keymap import Rule, to_disk
+from llmctl.model.patterns import PATTERNS
 from llmctl.model.stack import Kept, Stack
 from llmctl.model.state import FixedPast, State
 from llmctl.recipe.experts import SparseExperts
@@ -49,6 +52,13 @@ class LlmctlPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["Block"]  # noqa: RUF012  (transformers' own convention)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # the kinds of stacks a class can stand on
+    stacks: ClassVar[tuple[str, ...]] = ("decoder",)
+
+    def __init__(self, config: LlmctlConfig) -> None:
+        if config.spec.stack not in self.stacks:
+            raise ValueError(f"{type(self).__name__} does not go with stack: {config.spec.stack}")
+        super().__init__(config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -70,10 +80,18 @@ class LlmctlPreTrainedModel(PreTrainedModel):
         """transformers' loader, for what only it can do (quantizing on load, device maps).
 
         Reads any family whose tensors have Llama's names; `checkpoint.load_model` reads them all.
+
+        Raises UserError for the others.
         """
         if config is None:
             folder = locate(str(where), ["*.json", "*.safetensors"])
             config = families.config_in(folder)
+            family = families.FAMILIES.get(config.spec.family)
+            if family is not None and family.rules(config.spec):
+                raise UserError(
+                    f"{folder}: transformers' loader cannot reshape the tensors of `{config.spec.family}`",
+                    "in Python, llmctl.model.checkpoint.load_model reads them",
+                )
             where = folder
         return super().from_pretrained(where, *args, config=config, **kwargs)
 
@@ -86,7 +104,17 @@ class LlmctlPreTrainedModel(PreTrainedModel):
         """
         fields, rules = self.disk_form()
         if rules:
-            state_dict = to_disk(state_dict if state_dict is not None else self.state_dict(), rules)
+            state = state_dict if state_dict is not None else self.state_dict()
+            # rules name a backbone by its place in a whole model
+            place = "model." if self.base_model is self else ""
+            state_dict = to_disk(
+                {
+                    place + name: value
+                    for name, value in state.items()
+                    if name not in self.all_tied_weights_keys
+                },
+                rules,
+            )
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         path = Path(save_directory) / "config.json"
         if path.is_file():  # an adapter is saved without a config
@@ -96,13 +124,16 @@ class LlmctlPreTrainedModel(PreTrainedModel):
         """What `config.json` says of this model, and how its tensors are named on disk."""
         name, fields = families.write_config(self.config)
         family = families.FAMILIES.get(name)
-        written = type(self).__name__.replace("Llmctl", family.prefix) if family else type(self).__name__
+        ours = type(self).__name__
+        written = family.class_name(ours) if family else ours
         about = {"dtype": str(self.dtype).removeprefix("torch."), "architectures": [written]}
         return fields | about, family.rules(self.config.spec) if family else ()
 
 
 class LlmctlModel(LlmctlPreTrainedModel, Stack):
     """The backbone: token ids to hidden states."""
+
+    stacks = ("decoder", "encoder")
 
     def __init__(self, config: LlmctlConfig) -> None:
         super().__init__(config)
@@ -146,9 +177,9 @@ class LlmctlModel(LlmctlPreTrainedModel, Stack):
             raise ValueError("output_attentions is not available: attention weights are never materialised")
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         reads_ahead = self.spec.stack == "encoder"
-        if past_key_values is not None and reads_ahead:
+        if reads_ahead and (past_key_values is not None or use_cache):
             raise ValueError("an encoder reads all tokens at once and has no cache")
-        if use_cache and past_key_values is None and not reads_ahead:
+        if use_cache and past_key_values is None:
             past_key_values = StateCache(self.init_states(len(tokens)))
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         ctx = context_of(tokens, attention_mask, position_ids, past, self.attends_by_span)
@@ -174,6 +205,11 @@ class LlmctlModel(LlmctlPreTrainedModel, Stack):
     def _states(self, cache: Cache, frozen: bool) -> Sequence[State] | None:
         if isinstance(cache, StateCache):
             return cache.frozen() if frozen else cache.states
+        for layer, block in enumerate(self.layers):
+            if not isinstance(block.self_attn, GroupedQueryAttention):
+                kind = self.spec.layer_pattern(layer)
+                kind = self.spec.attention if kind in PATTERNS else kind
+                raise ValueError(f"the cache holds keys and values, which `{kind}` layers do not keep")
         if not frozen:
             return [ForeignState(cache, layer) for layer in range(len(self.layers))]
         # a new cache may have no layers yet

@@ -1,19 +1,18 @@
-"""How a family's tensors on disk become the core's, and back: rename, transpose, split, stack.
+"""How a family's tensors on disk become the core's, and back: rename, transpose, split, stack, reorder.
 
 A rule is written once, in the direction disk -> core; its inverse follows. Names may hold `{i}`
-(the layer) and other braces, which match digits.
+(the layer) and other braces, which match digits. Rules are tried on their first name.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
-
-Get = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,10 @@ class Rename:
         return [parts[0].T.contiguous() if self.transpose else parts[0]]
 
     save = load
+
+    @property
+    def copies(self) -> bool:
+        return self.transpose
 
     @property
     def disk_names(self) -> tuple[str, ...]:
@@ -61,6 +64,10 @@ class Split:
         return [torch.cat([part.T if self.transpose else part for part in parts], dim=self.dim).contiguous()]
 
     @property
+    def copies(self) -> bool:
+        return self.transpose or self.dim != 0
+
+    @property
     def disk_names(self) -> tuple[str, ...]:
         return (self.disk,)
 
@@ -77,6 +84,8 @@ class Stack:
     core: str
     count: int
 
+    copies = True
+
     def load(self, parts: list[Tensor]) -> list[Tensor]:
         return [torch.stack(parts)]
 
@@ -92,65 +101,100 @@ class Stack:
         return (self.core,)
 
 
-Rule = Rename | Split | Stack
+@dataclass(frozen=True)
+class Unpair:
+    """Rows that are turned by position, side by side on disk and half a head apart in the core.
 
-
-def to_core(names: list[str], rules: tuple[Rule, ...]) -> dict[str, tuple[Rule, tuple[str, ...], int]]:
-    """Where each core tensor comes from: core name -> (rule, disk names, which of the rule's results).
-
-    Disk names that no rule mentions keep their name.
+    The tensor is made of heads of `head` rows. The last `rotary` rows of each are (x0, y0, x1, y1 …) on disk and
+    (x0, x1 …, y0, y1 …) in the core; a pair (x, y) is turned by one angle.
     """
-    return _plan(names, rules, disk_to_core=True)
+
+    disk: str
+    core: str
+    head: int
+    rotary: int
+
+    copies = True
+
+    def load(self, parts: list[Tensor]) -> list[Tensor]:
+        return [parts[0].index_select(0, self._order(parts[0]))]
+
+    def save(self, parts: list[Tensor]) -> list[Tensor]:
+        return [parts[0].index_select(0, self._order(parts[0]).argsort())]
+
+    def _order(self, rows: Tensor) -> Tensor:
+        """Which row on disk each row of the core is."""
+        plain, half = self.head - self.rotary, self.rotary // 2
+        turned = plain + torch.arange(self.rotary).view(half, 2).T.flatten()
+        head = torch.cat((torch.arange(plain), turned))
+        starts = torch.arange(0, rows.shape[0], self.head)[:, None]
+        return (starts + head).flatten().to(rows.device)
+
+    @property
+    def disk_names(self) -> tuple[str, ...]:
+        return (self.disk,)
+
+    @property
+    def core_names(self) -> tuple[str, ...]:
+        return (self.core,)
+
+
+# `copies`: whether what is loaded is new memory, and not a view of what is on disk
+Rule = Rename | Split | Stack | Unpair
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rule applied: the tensors `disk` of the file are the tensors `core`."""
+
+    rule: Rule
+    disk: tuple[str, ...]
+    core: tuple[str, ...]
+
+    def load(self, parts: list[Tensor]) -> dict[str, Tensor]:
+        """The core's tensors, of those on disk."""
+        return dict(zip(self.core, self.rule.load(parts), strict=True))
+
+    def save(self, parts: list[Tensor]) -> dict[str, Tensor]:
+        """The tensors on disk, of the core's."""
+        return dict(zip(self.disk, self.rule.save(parts), strict=True))
+
+
+def to_core(names: Iterable[str], rules: tuple[Rule, ...]) -> list[Step]:
+    """How tensors with these names on disk become the core's. Names that no rule mentions stay."""
+    return _steps(list(names), rules, from_disk=True)
 
 
 def to_disk(state: Mapping[str, Tensor], rules: tuple[Rule, ...]) -> dict[str, Tensor]:
     """The core's tensors under the names and shapes of the family's files."""
-    plan = _plan(list(state), rules, disk_to_core=False)
-    return {
-        name: _apply(rule, sources, index, state.__getitem__, True)
-        for name, (rule, sources, index) in plan.items()
-    }
+    found: dict[str, Tensor] = {}
+    for step in _steps(list(state), rules, from_disk=False):
+        found |= step.save([state[name] for name in step.core])
+    return found
 
 
-def load_one(source: tuple[Rule, tuple[str, ...], int], get: Get) -> Tensor:
-    """One core tensor, read through `get(disk name)`."""
-    rule, names, index = source
-    return _apply(rule, names, index, get, False)
-
-
-def _apply(rule: Rule, names: tuple[str, ...], index: int, get: Get, saving: bool) -> Tensor:
-    parts = [get(name) for name in names]
-    return (rule.save(parts) if saving else rule.load(parts))[index]
-
-
-def _plan(
-    names: list[str], rules: tuple[Rule, ...], disk_to_core: bool
-) -> dict[str, tuple[Rule, tuple[str, ...], int]]:
-    plan: dict[str, tuple[Rule, tuple[str, ...], int]] = {}
+def _steps(names: list[str], rules: tuple[Rule, ...], from_disk: bool) -> list[Step]:
+    steps: list[Step] = []
     taken: set[str] = set()
     for rule in rules:
-        inputs, outputs = rule.disk_names, rule.core_names
-        if not disk_to_core:
-            inputs, outputs = outputs, inputs
+        first = (rule.disk_names if from_disk else rule.core_names)[0]
         for name in names:
-            found = _match(inputs[0], name)
+            found = _pattern(first).fullmatch(name)
             if found is None:
                 continue
-            sources = tuple(_fill(pattern, found) for pattern in inputs)
-            taken.update(sources)
-            for index, pattern in enumerate(outputs):
-                plan[_fill(pattern, found)] = (rule, sources, index)
-    for name in names:
-        if name not in taken:
-            plan[name] = (Rename(name, name), (name,), 0)
-    return plan
+            disk, core = (
+                tuple(_fill(each, found.groupdict()) for each in sides)
+                for sides in (rule.disk_names, rule.core_names)
+            )
+            steps.append(Step(rule, disk, core))
+            taken.update(disk if from_disk else core)
+    return steps + [Step(Rename(name, name), (name,), (name,)) for name in names if name not in taken]
 
 
-def _match(pattern: str, name: str) -> dict[str, str] | None:
-    parts = re.split(r"\{(\w+)\}", pattern)
-    regex = "".join(re.escape(p) if i % 2 == 0 else rf"(?P<{p}>\d+)" for i, p in enumerate(parts))
-    found = re.fullmatch(regex, name)
-    return None if found is None else found.groupdict()
+@cache
+def _pattern(name: str) -> re.Pattern[str]:
+    parts = re.split(r"\{(\w+)\}", name)
+    return re.compile("".join(re.escape(p) if i % 2 == 0 else rf"(?P<{p}>\d+)" for i, p in enumerate(parts)))
 
 
 def _fill(pattern: str, values: dict[str, str]) -> str:

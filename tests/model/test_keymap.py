@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmctl.model.keymap import Rename, Rule, Split, Stack, load_one, to_core, to_disk
+from llmctl.model.keymap import Rename, Rule, Split, Stack, Unpair, to_core, to_disk
 
 E, V = 4, 7
 
@@ -40,37 +40,72 @@ def experts_like() -> tuple[dict[str, torch.Tensor], tuple[Rule, ...]]:
     return disk, (Stack("layers.{i}.experts.{e}.w1.weight", "layers.{i}.experts.up", count=12),)
 
 
-CASES = {"gpt2": gpt2_like, "grouped": grouped_like, "experts": experts_like}
+def turned_like() -> tuple[dict[str, torch.Tensor], tuple[Rule, ...]]:
+    """Rows of rotary pairs side by side, in the last rows of each head, as in DeepSeek-V3."""
+    disk = {f"layers.{i}.q.weight": torch.randn(3 * 10, E) for i in range(2)} | {"kv.bias": torch.randn(10)}
+    return disk, (
+        Unpair("layers.{i}.q.weight", "layers.{i}.q.weight", head=10, rotary=6),
+        Unpair("kv.bias", "kv.bias", head=10, rotary=8),
+    )
+
+
+def core_of(disk: dict[str, torch.Tensor], rules: tuple[Rule, ...]) -> dict[str, torch.Tensor]:
+    core: dict[str, torch.Tensor] = {}
+    for step in to_core(sorted(disk), rules):
+        core |= step.load([disk[name] for name in step.disk])
+    return core
+
+
+CASES = {"turned": turned_like, "gpt2": gpt2_like, "grouped": grouped_like, "experts": experts_like}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_there_and_back_is_exact(name):
     disk, rules = CASES[name]()
-    plan = to_core(list(disk), rules)
-    core = {name: load_one(source, disk.__getitem__) for name, source in plan.items()}
-    back = to_disk(core, rules)
+    back = to_disk(core_of(disk, rules), rules)
     assert back.keys() == disk.keys()
     assert all(torch.equal(back[key], disk[key]) and back[key].is_contiguous() for key in disk)
 
 
 def test_split_and_transpose_put_the_right_numbers_in_place():
     disk, rules = gpt2_like()
-    plan = to_core(list(disk), rules)
+    core = core_of(disk, rules)
     fused = disk["h.1.attn.c_attn.weight"]
     x = torch.randn(5, E)
     for index, name in enumerate("qkv"):
-        weight = load_one(plan[f"layers.1.{name}_proj.weight"], disk.__getitem__)
+        weight = core[f"layers.1.{name}_proj.weight"]
         expected = (x @ fused)[:, index * E : (index + 1) * E]
         torch.testing.assert_close(torch.nn.functional.linear(x, weight), expected)
 
 
 def test_stack_orders_experts_by_number_not_by_text():
     disk, rules = experts_like()
-    plan = to_core(sorted(disk), rules)
-    stacked = load_one(plan["layers.1.experts.up"], disk.__getitem__)
+    stacked = core_of(disk, rules)["layers.1.experts.up"]
     assert stacked.shape == (12, 3, E)
     assert torch.equal(stacked[10], disk["layers.1.experts.10.w1.weight"])
 
 
+def test_pairs_side_by_side_become_halves():
+    """Row r of each head is named by its number: x and y of a pair are 3 apart in the core, 1 apart on disk."""
+    disk, rules = turned_like()
+    disk["layers.0.q.weight"] = torch.arange(30.0)[:, None].expand(30, E).contiguous()
+    first = core_of(disk, rules)["layers.0.q.weight"][:, 0].view(3, 10)
+    assert first[0].tolist() == [0, 1, 2, 3, 4, 6, 8, 5, 7, 9]
+    assert torch.equal(first[2], first[0] + 20)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_rule_says_whether_it_copies(name):
+    """What does not copy stays in the memory of the file; so a loader may leave it mapped."""
+    disk, rules = CASES[name]()
+    for step in to_core(disk, rules):
+        parts = [disk[name] for name in step.disk]
+        known = {part.untyped_storage().data_ptr() for part in parts}
+        for value in step.load(parts).values():
+            if value.numel():
+                assert (value.untyped_storage().data_ptr() not in known) == step.rule.copies, step
+
+
 def test_names_without_a_rule_stay():
-    assert set(to_core(["a.weight", "b.0.c"], (Rename("x.{i}", "y.{i}"),))) == {"a.weight", "b.0.c"}
+    steps = to_core(["a.weight", "b.0.c"], (Rename("x.{i}", "y.{i}"),))
+    assert [step.core for step in steps] == [("a.weight",), ("b.0.c",)]

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmctl.errors import one_of
+from llmctl.model.families import FAMILIES
 from tests.program import Program
 from tests.stages.bad_input import (
     NEW,
@@ -24,6 +26,8 @@ from tests.stages.bad_input import (
     folder,
 )
 from tests.stages.conftest import VOCABULARY
+
+SUPPORTED = f"supported: {one_of([*FAMILIES, 'llmctl'])}"
 
 
 def one_longer(name: str, content: str) -> Make:
@@ -207,7 +211,7 @@ MODELS: dict[str, tuple[Make, str, str]] = {
     "pickled weights": (
         renamed("pytorch_model.bin"),
         f"m: no {WEIGHTS}",
-        "only safetensors are read; pickled .bin files can run code",
+        "pytorch_model.bin is a pickle, which can run code; if you trust it: llmctl convert MODEL --allow-pickle",
     ),
     "only an adapter": (
         damage(lambda m: ((m / WEIGHTS).unlink(), (m / "adapter_config.json").write_text("{}"))),
@@ -251,12 +255,12 @@ MODELS: dict[str, tuple[Make, str, str]] = {
     "unsupported architecture": (
         config(model_type="gpt_neox"),
         "m/config.json: unsupported architecture `gpt_neox`",
-        "supported: `llama`, `mistral`, `qwen2`, `qwen3`, `llmctl`",
+        SUPPORTED,
     ),
     "no architecture": (
         file("m/config.json", "{}"),
         "m/config.json: no model_type",
-        "supported: `llama`, `mistral`, `qwen2`, `qwen3`, `llmctl`",
+        SUPPORTED,
     ),
     "another activation": (
         config(hidden_act="gelu"),
@@ -264,8 +268,8 @@ MODELS: dict[str, tuple[Make, str, str]] = {
         "see docs/model.md",
     ),
     "another kind of rope": (
-        config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
-        "m/config.json: llama config is not supported: rope_type: yarn (supported: default, linear, llama3)",
+        config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
+        "m/config.json: llama config is not supported: rope_type: dynamic (supported: default, linear, ntk, yarn, llama3)",
         "see docs/model.md",
     ),
     "config of the wrong type": (

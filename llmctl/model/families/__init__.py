@@ -17,15 +17,19 @@ from llmctl.errors import UserError, one_of
 from llmctl.files import read_json
 from llmctl.model.compressed import scheme_in
 from llmctl.model.config import MODEL_TYPE, LlmctlConfig
-from llmctl.model.families import llama
+from llmctl.model.families import bert, deepseek, gemma, gpt2, llama, mamba, moe, phi, t5
 from llmctl.model.families.row import Family, Inexpressible
 
 # transformers' own fields that travel with a model unchanged
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")
+START = "decoder_start_token_id"  # of an encoder–decoder
 LABELS = ("id2label", "label2id", "problem_type")  # of a model with a score head
 
 # in the order in which `auto` asks who can express a model
-FAMILIES: dict[str, Family] = {**llama.ROWS}
+FAMILIES: dict[str, Family] = {
+    **llama.ROWS, **phi.ROWS, **gemma.ROWS, **gpt2.ROWS, **moe.ROWS, **deepseek.ROWS, **mamba.ROWS,
+    **bert.ROWS, **t5.ROWS,
+}  # fmt: skip
 
 
 def config_in(folder: Path) -> LlmctlConfig:
@@ -42,7 +46,7 @@ def read_config(raw: dict[str, Any], where: str) -> LlmctlConfig:
             config uses something the row cannot express, or a value that makes no sense.
     """
     scheme_in(raw, where)  # weights in a format we cannot read are told first
-    raw = {key: value for key, value in raw.items() if key != "quantization_config"}
+    raw = {key: _numbers(value) for key, value in raw.items() if key != "quantization_config"}
     name = raw.get("model_type")
     if name != MODEL_TYPE and name not in FAMILIES:
         shown = "no model_type" if name is None else f"unsupported architecture `{name}`"
@@ -58,10 +62,32 @@ def read_config(raw: dict[str, Any], where: str) -> LlmctlConfig:
         raise UserError(f"{where}: {_reason(error)}", "copy or download the model again") from error
 
 
+def _numbers(value: Any) -> Any:
+    """A value of `config.json`, where transformers writes what JSON has no number for as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _numbers(inner) for key, inner in value.items()}
+    return [_numbers(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _translated(name: str, theirs: PreTrainedConfig) -> LlmctlConfig:
     fields = FAMILIES[name].to_ours(theirs) | {"family": name}
-    carried = {key: getattr(theirs, key, None) for key in (*CARRIED, *LABELS, "architectures")}
-    return LlmctlConfig(**fields, **carried)
+    return LlmctlConfig(**fields, **carried(theirs, *LABELS, "architectures"))
+
+
+def carried(config: PreTrainedConfig, *more: str) -> dict[str, Any]:
+    """The ids of special tokens, and the fields named besides, None where there are none."""
+    start = (START,) if config.is_encoder_decoder else ()
+    return {key: getattr(config, key, None) for key in (*CARRIED, *start, *more)}
+
+
+def _written(name: str, config: LlmctlConfig) -> dict[str, Any]:
+    """The `config.json` contents of one family. Raises Inexpressible."""
+    fields = FAMILIES[name].to_theirs(config.spec)
+    written = AutoConfig.for_model(name, **fields, **carried(config, *LABELS)).to_diff_dict()
+    FAMILIES[name].finish(config.spec, written)
+    return written
 
 
 def _reason(error: Exception) -> str:
@@ -87,7 +113,7 @@ def write_config(config: LlmctlConfig) -> tuple[str, dict[str, Any]]:
         if name == MODEL_TYPE:
             break
         try:
-            fields = FAMILIES[name].to_theirs(spec)
+            return name, _written(name, config)
         except Inexpressible as error:
             if spec.family == "auto":
                 continue
@@ -95,7 +121,4 @@ def write_config(config: LlmctlConfig) -> tuple[str, dict[str, Any]]:
                 f"model.family: `{name}` cannot express {error}",
                 "set model.family to auto, or change that field",
             ) from None
-        carried = {key: getattr(config, key, None) for key in (*CARRIED, *LABELS)}
-        theirs = AutoConfig.for_model(name, **fields, **carried)
-        return name, theirs.to_diff_dict()
     return MODEL_TYPE, config.to_diff_dict() | {"model_type": MODEL_TYPE}

@@ -27,7 +27,8 @@ def _write_llama(spec: ModelSection) -> dict[str, Any]:
     return {**write_bias(spec), "mlp_bias": spec.mlp_bias}
 
 
-def _read_mistral(config: PreTrainedConfig) -> dict[str, Any]:
+def read_one_window(config: PreTrainedConfig) -> dict[str, Any]:
+    """`pattern` and `sliding_window` of a config with one window for all layers, or none."""
     if config.sliding_window is None:
         return {}
     return {"sliding_window": config.sliding_window, "pattern": ["sliding"]}
@@ -84,7 +85,7 @@ ROWS: dict[str, Family] = {
     "llama": Family(
         "Llama", read=_read_llama, write=_write_llama, speaks=frozenset({"attention_bias", "mlp_bias"})
     ),
-    "mistral": Family("Mistral", read=_read_mistral, write=write_one_window, speaks=_WINDOW),
+    "mistral": Family("Mistral", read=read_one_window, write=write_one_window, speaks=_WINDOW),
     "qwen2": Family("Qwen2", read=_read_qwen2, write=_write_qwen2, speaks=_WINDOW | {"attention_bias"}),
     "qwen3": Family(
         "Qwen3",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from transformers import PreTrainedConfig
 
 from llmctl.model.keymap import Rule
 from llmctl.model.rope import ROPE_TYPES, ntk_theta
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.rope import RopeNtk
+
+T = TypeVar("T")
 
 
 class Inexpressible(Exception):
@@ -20,6 +23,10 @@ class Inexpressible(Exception):
 
 def _nothing(*_: Any) -> dict[str, Any]:
     return {}
+
+
+def _no_last_word(*_: Any) -> None:
+    pass
 
 
 def _no_rules(spec: ModelSection) -> tuple[Rule, ...]:
@@ -50,6 +57,7 @@ class Family:
 
     Attributes:
         prefix: how the family's transformers classes begin, as in `LlamaForCausalLM`.
+        classes: ends of our classes' names that are other words there.
         sizes: our fields that the config holds under another name, or the same, unchanged.
         fixed: our fields that this architecture has at one value, where it is not our default.
         speaks: our fields that `read` and `write` translate; all others must have their default.
@@ -59,9 +67,14 @@ class Family:
         read: their config -> fields beyond the above; raises Inexpressible.
         write: our spec -> their fields beyond the above; raises Inexpressible.
         rules: how tensors are renamed and reshaped, for a model of such sizes; none where names are Llama's.
+        bare: what the names of tensors begin with, where some files leave it out: those of the backbone alone.
+        old: ends of tensors' names that some files have -> those that are asked for.
+        spare: ends of names of tensors that are passed over by a model that has no place for them.
+        finish: (spec, contents of `config.json`) -> None, the last word on them; raises Inexpressible.
     """
 
     prefix: str
+    classes: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, str] = field(default_factory=lambda: LLAMA_SIZES)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     speaks: frozenset[str] = frozenset()
@@ -71,6 +84,34 @@ class Family:
     read: Callable[[PreTrainedConfig], dict[str, Any]] = _nothing
     write: Callable[[ModelSection], dict[str, Any]] = _nothing
     rules: Callable[[ModelSection], tuple[Rule, ...]] = _no_rules
+    bare: str = "model."
+    old: Mapping[str, str] = field(default_factory=dict)
+    spare: tuple[str, ...] = ()
+    finish: Callable[[ModelSection, dict[str, Any]], None] = _no_last_word
+
+    def class_name(self, ours: str) -> str:
+        """The transformers class that opens what one of our classes holds."""
+        end = ours.removeprefix("Llmctl")
+        return self.prefix + self.classes.get(end, end)
+
+    def plain_name(self, theirs: str) -> str:
+        """The name of one of the family's classes with the end that ours has."""
+        ours = next((ours for ours, end in self.classes.items() if theirs.endswith(end)), None)
+        return theirs if ours is None else theirs.removesuffix(self.classes[ours]) + ours
+
+    def current_names(self, tensors: Mapping[str, T], needed: Container[str]) -> dict[str, T]:
+        """What a file holds by the names that are asked for, without what is spare and not `needed`."""
+        found: dict[str, T] = {}
+        if self.bare and not any(name.startswith(self.bare) for name in tensors):
+            tensors = {self.bare + name: tensor for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            end = None if name in needed else next((end for end in self.old if name.endswith(end)), None)
+            today = name if end is None else name.removesuffix(end) + self.old[end]
+            if (today in needed or not today.endswith(self.spare)) and (
+                today == name or today not in tensors
+            ):
+                found[today] = tensor
+        return found
 
     def to_ours(self, theirs: PreTrainedConfig) -> dict[str, Any]:
         """Our fields. Raises Inexpressible."""
@@ -116,7 +157,7 @@ DERIVED = frozenset({"head_dim", "num_key_value_heads", "intermediate_size"})
 
 
 def _shown(value: Any) -> str:
-    return str(value.model_dump(exclude_defaults=True)) if isinstance(value, ModelSection) else str(value)
+    return str(value.model_dump(exclude_defaults=True)) if isinstance(value, BaseModel) else str(value)
 
 
 def require(spec: ModelSection, **wanted: Any) -> None:
