@@ -72,6 +72,7 @@ COMMANDS: dict[str, Command | None] = {
     "score": tune.score,
     "merge": tune.merge,
     "compare": tune.compare,
+    "convert": tune.convert,
     "quantize": quantize.quantize,
     "generate": stages.generate,
     "chat": chat.chat,

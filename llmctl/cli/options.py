@@ -52,6 +52,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "max_kl": "compare.max_kl",
         "device": "device",
     },
+    "convert": {"family": "family", "dtype": "dtype", "out": "out", "allow_pickle": "allow_pickle"},
     "quantize": {
         "method": "quantize.method",
         "bits": "quantize.bits",

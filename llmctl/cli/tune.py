@@ -1,4 +1,4 @@
-"""The commands that adapt a model and prove the result: sft, reward, dpo, score, merge, compare."""
+"""The commands that adapt a model and prove the result: sft, reward, dpo, score, merge, convert, compare."""
 
 from __future__ import annotations
 
@@ -173,6 +173,29 @@ def merge(
         print_json({"run": result.path, "metrics": result.metrics})
     else:
         _show_comparison({"run": str(result.path), **result.metrics})
+
+
+def convert(
+    ctx: typer.Context,
+    words: Words = None,
+    family: Annotated[str | None, flag("convert", "family", "NAME")] = None,
+    dtype: Annotated[str | None, flag("convert", "dtype", "NAME")] = None,
+    out: Annotated[str | None, flag("convert", "out", "DIR")] = None,
+    allow_pickle: Annotated[bool | None, flag("convert", "allow_pickle")] = None,
+    recipe: RecipeFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write MODEL as another family, or in another precision.
+
+    With --allow-pickle it may lie in pytorch_model.bin, which no other command reads. KEY=VALUE sets any field of the recipe; `llmctl recipe show convert`
+    lists them.
+    """
+    from llmctl.recipe.convert import ConvertRecipe
+
+    settled = checked(ConvertRecipe, ctx, "convert", words, recipe, False)
+    from llmctl.stages import convert as stage
+
+    _show(stage.run(settled, make_talk()), as_json)
 
 
 def compare(

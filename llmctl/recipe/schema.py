@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from llmctl.recipe.base import Section, StageRecipe, about
 from llmctl.recipe.chat import ChatRecipe
+from llmctl.recipe.convert import ConvertRecipe
 from llmctl.recipe.generate import GenerateRecipe
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.quantize import QuantizeRecipe
@@ -128,6 +129,7 @@ RECIPES: dict[str, type[StageRecipe]] = {
     "score": ScoreRecipe,
     "merge": MergeRecipe,
     "compare": CompareRecipe,
+    "convert": ConvertRecipe,
     "quantize": QuantizeRecipe,
     "generate": GenerateRecipe,
     "chat": ChatRecipe,
@@ -143,6 +145,7 @@ AnyRecipe = Annotated[
     | ScoreRecipe
     | MergeRecipe
     | CompareRecipe
+    | ConvertRecipe
     | QuantizeRecipe
     | GenerateRecipe
     | ChatRecipe

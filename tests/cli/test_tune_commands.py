@@ -1,4 +1,4 @@
-"""sft, reward, dpo, score, merge and compare: how words and flags reach their recipes, and what is printed."""
+"""sft, reward, dpo, score, merge, convert and compare: how words and flags reach their recipes, and what is printed."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Called:
     trained = RunResult(Path("runs/x"), {"loss": 2.5, "steps": 12345})
     found: dict[str, Any] = dict.fromkeys(TRAINING, trained)
     found |= {"score": SCORED, "merge": RunResult(Path("runs/m"), COMPARED | {"effect": 0.125})}
+    found |= {"convert": RunResult(Path("runs/c"), {"family": "phi3"})}
     found |= {"compare": COMPARED | {"failed": ["too far"]}}
     for name, result in found.items():
         monkeypatch.setattr(stages, name, stage(result), raising=False)
@@ -99,6 +100,13 @@ FIELDS: dict[str, dict[str, Any]] = {
         "device": "cpu",
         "compare": {"data": ["a"], "min_effect": 0.5},
     },
+    "convert m --family phi3 --dtype bfloat16 --out o --allow-pickle": {
+        "base": "m",
+        "family": "phi3",
+        "dtype": "bfloat16",
+        "out": "o",
+        "allow_pickle": True,
+    },
     "compare m n --data a --min-top1 0.5 --max-kl 2 --device cpu": {
         "base": "m",
         "other": "n",
@@ -116,7 +124,7 @@ def test_words_and_flags_reach_the_recipe(line: str, llmctl_: Program, called: C
 
 
 def test_unset_flags_leave_the_recipe_alone(llmctl_: Program, called: Called) -> None:
-    for stage in (*TRAINING, "score", "merge", "compare"):
+    for stage in (*TRAINING, "score", "merge", "convert", "compare"):
         words = ["m", "n"] if stage == "compare" else ["m"]
         assert llmctl_(stage, *words).code == 0
         named = dict(zip(("base", "other"), words, strict=False))
@@ -260,6 +268,7 @@ FLAGS = {
     "--dtype --resume --json",
     "score": "--data --recipe --device --json",
     "merge": "--data --out --dtype --recipe --device --json",
+    "convert": "--family --dtype --out --allow-pickle --recipe --json",
     "compare": "--data --min-top1 --max-kl --recipe --device --json",
 }
 

@@ -18,7 +18,7 @@ from llmctl.recipe.shipped import find_recipe, shipped_recipes
 from llmctl.recipe.yaml import parse_yaml
 
 EXPLAINS = "`llmctl recipe show pretrain` explains "
-STAGES = "`tokenizer`, `pretrain`, `sft`, `reward`, `dpo`, `score`, `merge`, `compare`, `quantize`, `generate`, `chat`, `eval`"
+STAGES = "`tokenizer`, `pretrain`, `sft`, `reward`, `dpo`, `score`, `merge`, `compare`, `convert`, `quantize`, `generate`, `chat`, `eval`"
 
 # recipe text (a leading `stage: pretrain` line is added) -> message after the file name, hint
 WRONG: dict[str, tuple[str, str]] = {
