@@ -100,3 +100,68 @@ def test_sft_on_finished_rows_trains_the_same_as_transformers(folder, tokenizer,
         losses[how] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses["ours"] == pytest.approx(losses["auto"], abs=1e-4)
     assert losses["ours"][-1] < losses["ours"][0]
+
+
+# kinds of models that no architecture of transformers has
+OURS_ALONE = {
+    "experts": {
+        "experts": {"kind": "sparse", "num_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 16}
+    },
+    "sparse attention": {
+        "pattern": ["band+global", "routing"],
+        "sliding_window": 3,
+        "num_global_tokens": 1,
+        "routing": {"num_clusters": 3, "chunk_size": 4},
+    },
+    "state space": {
+        "pattern": ["mamba2", "full"],
+        "ssm": {"state_size": 8, "head_dim": 8, "chunk_size": 4},
+    },
+}
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("kind", OURS_ALONE)
+def test_three_steps_of_sft_on_what_only_we_have(kind, adapted, tokenizer, tmp_path):
+    """Through the Auto classes and TRL: the loss falls, what is trained moves, and the result reads back."""
+    spec = ModelSection(**(SPEC.model_dump(exclude_unset=True) | OURS_ALONE[kind] | {"family": "llmctl"}))
+    folder = tmp_path / "m"
+    save_model(new_model(spec, seed=0, eos_token_id=1, pad_token_id=0), folder)
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model).__name__ == "LlmctlForCausalLM" and model.config.model_type == "llmctl"
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    rows = [{"input_ids": list(range(2, 14)) + [1], "labels": list(range(2, 14)) + [1]}] * 6
+    arguments = SFTConfig(
+        str(tmp_path / "sft"), max_steps=3, per_device_train_batch_size=2, learning_rate=3e-2, report_to=[],
+        use_cpu=True, save_strategy="no", disable_tqdm=True, logging_steps=1, max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True}, lr_scheduler_type="constant", bf16=False,
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if adapted else None,
+    )
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 3 and losses[-1] < losses[0] - 0.01
+    if kind == "experts":
+        assert all(row["aux_loss"] > 0 for row in trainer.state.log_history if "loss" in row)
+    moved = [
+        name
+        for name, weight in trainer.model.named_parameters()
+        if weight.requires_grad
+        and ("lora_B" in name or not adapted)
+        and not torch.equal(weight, before[name] if not adapted else torch.zeros_like(weight))
+    ]
+    assert len(moved) > 8
+    trainer.model.save_pretrained(tmp_path / "out")
+    x = torch.arange(2, 12)[None]
+    expected = trainer.model.eval()(input_ids=x).logits
+    again = AutoModelForCausalLM.from_pretrained(folder if adapted else tmp_path / "out")
+    again = PeftModel.from_pretrained(again, tmp_path / "out") if adapted else again
+    torch.testing.assert_close(again.eval()(input_ids=x).logits, expected, atol=1e-6, rtol=1e-6)
+    made = again.generate(input_ids=x, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert made.shape == (1, 15)
