@@ -18,8 +18,8 @@ help:
 	@echo "make test-slow    the long tests"
 	@echo "make lint         style, formatting and types"
 	@echo "make format       mend style and formatting"
-	@echo "make docs         write docs/reference.md again from the recipes and the commands"
-	@echo "make docs-check   fail if docs/reference.md is out of date"
+	@echo "make docs         write what docs/ has from the recipes and the commands again"
+	@echo "make docs-check   fail if that is out of date"
 	@echo "make bench        every script in benchmarks/ that needs no model"
 
 # The stamp is newer than both files exactly when the environment was installed from them.

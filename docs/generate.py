@@ -1,24 +1,32 @@
-"""Write docs/reference.md from the recipe classes and the commands, so that neither is described twice.
+"""Write docs/reference.md from the recipe classes and the commands, and the tables of docs/architectures.md.
 
-python docs/generate.py            write the page
-python docs/generate.py --check    exit 1 if the page differs from what would be written
+So neither is described twice.
+
+python docs/generate.py            write the pages
+python docs/generate.py --check    exit 1 if a page differs from what would be written
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from llmctl.recipe.goes_with import needs_in_words, refused_in_words
+from llmctl.recipe.papers import Paper
 from llmctl.recipe.schema import RECIPES
+from llmctl.recipe.variants import AXES
 
 PAGE = Path(__file__).resolve().parent / "reference.md"
+ARCHITECTURES = PAGE.with_name("architectures.md")
+TABLE = re.compile(r"(<!-- variants: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PLAIN = {str: "text", int: "integer", float: "number", bool: "`true` or `false`"}
 LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
@@ -196,6 +204,45 @@ def call_of(parameter: Any) -> str:
     return names if parameter.is_flag else f"{names} {parameter.metavar or str(parameter.name).upper()}"
 
 
+# --- variants ---------------------------------------------------------------------------------------
+
+
+def architectures() -> str:
+    """docs/architectures.md as it stands, with every table between its marks written anew.
+
+    Raises ValueError if an axis has no marks, or marks name no axis.
+    """
+    text = ARCHITECTURES.read_text(encoding="utf-8")
+    marked = [found[1] for found in TABLE.findall(text)]
+    if sorted(marked) != sorted(AXES):
+        raise ValueError(f"docs/{ARCHITECTURES.name} has marks for {marked}, but there are {list(AXES)}")
+    return TABLE.sub(lambda found: "\n".join([found[1], *variant_lines(found[2]), found[3]]), text)
+
+
+def variant_lines(axis: str) -> Iterator[str]:
+    """The table of one axis; a column that would be empty is left out."""
+    head = [axis, "does", "in a recipe", "needs", "not with", "paper"]
+    rows = [
+        [
+            code(name),
+            variant.does,
+            "<br>".join(code(word) for word in variant.words),
+            code(needed) if (needed := needs_in_words(axis, name)) else "",
+            refused_in_words(axis, name),
+            link(variant.paper) if variant.paper else "",
+        ]
+        for name, variant in AXES[axis].variants.items()
+    ]
+    filled = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    yield from table([head[i] for i in filled], [[row[i] for i in filled] for row in rows])
+
+
+def link(paper: Paper) -> str:
+    """A paper, and where it is."""
+    said = f"{paper.name} ({paper.year})"
+    return f"[{said}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else said
+
+
 # --- Markdown ---------------------------------------------------------------------------------------
 
 
@@ -218,19 +265,25 @@ def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
     yield ""
 
 
+PAGES: dict[Path, Callable[[], str]] = {PAGE: reference, ARCHITECTURES: architectures}
+
+
 def main() -> int:
-    """Write or check the page; 0 if it is right afterwards."""
-    parser = argparse.ArgumentParser(description="write docs/reference.md")
+    """Write or check the pages; 0 if they are right afterwards."""
+    parser = argparse.ArgumentParser(
+        description="write docs/reference.md and the tables of docs/architectures.md"
+    )
     parser.add_argument("--check", action="store_true", help="compare, do not write")
     check = parser.parse_args().check
-    text = reference()
-    if not check:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    sys.stderr.write(f"error: docs/{PAGE.name} is out of date\nhint: run `make docs`\n")
-    return 1
+    wrong = False
+    for page, written in PAGES.items():
+        text = written()
+        if not check:
+            page.write_text(text, encoding="utf-8")
+        elif not page.is_file() or page.read_text(encoding="utf-8") != text:
+            wrong = True
+            sys.stderr.write(f"error: docs/{page.name} is out of date\nhint: run `make docs`\n")
+    return int(wrong)
 
 
 if __name__ == "__main__":
