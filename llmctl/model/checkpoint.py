@@ -132,11 +132,11 @@ def load_config(where: str | Path) -> LlmctlConfig:
 @torch.no_grad()
 def load_weights(model: LlmctlPreTrainedModel, folder: Path) -> None:
     """Copy the weights of a checkpoint of the same model into `model`, in place, so optimizers keep hold of them."""
-    saved = load_model(folder, kind=type(model))
-    for (name, weight), (_, new) in zip(model.named_parameters(), saved.named_parameters(), strict=True):
-        if weight.shape != new.shape:
+    saved = load_model(folder, kind=type(model)).state_dict()
+    for name, value in model.state_dict().items():  # saved buffers too
+        if name not in saved or value.shape != saved[name].shape:
             raise UserError(f"{folder}: tensor {name} has another shape than in this run", "start a new run")
-        weight.copy_(new)
+        value.copy_(saved[name])
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:

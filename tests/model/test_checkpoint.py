@@ -242,6 +242,16 @@ def test_dtype_is_kept_or_chosen(folder):
     assert load_model(folder / "half", torch.float32).dtype == torch.float32
 
 
+def test_saved_buffers_are_loaded_in_place(tmp_path):
+    theirs("deepseek-v3").save_pretrained(tmp_path)
+    saved = load_model(tmp_path)
+    model = new_model(saved.config.spec, seed=1)
+    bias = model.model.layers[1].mlp.gate.e_score_correction_bias
+    load_weights(model, tmp_path)
+    assert model.model.layers[1].mlp.gate.e_score_correction_bias is bias and bool(bias.any())
+    same(model, saved)
+
+
 def test_weights_are_loaded_in_place(folder):
     model = new_model(SPEC, seed=1)
     before = [weight.data_ptr() for weight in model.parameters()]
