@@ -12,9 +12,10 @@ from pydantic import AfterValidator, model_validator
 
 from llmctl.errors import nearest, one_of
 from llmctl.recipe.base import Mistake, Section, about
-from llmctl.recipe.experts import Experts, SparseExperts, looks_ahead
+from llmctl.recipe.experts import Experts
 from llmctl.recipe.mixers import LshSection, MlaSection, RoutingSection, SsmSection
 from llmctl.recipe.rope import RopeDefault, RopeParameters
+from llmctl.recipe.sense import SECTION_OF, SECTIONS, mistakes
 
 Family = Literal[
     "auto", "llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "mixtral", "qwen3_moe",
@@ -31,21 +32,6 @@ Ffn = Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu", "relu2", "none"]
 AttentionBias = Literal["none", "qkv", "all"]
 
 GATED = ("swiglu", "geglu")
-# what a kind of layer cannot do without; a mixer's section has defaults and may be left out
-SIZES: dict[str, tuple[str, ...]] = {
-    "full": (),
-    "sliding": ("sliding_window",),
-    "band": ("sliding_window",),
-    "dilated": ("sliding_window", "dilation"),
-    "global": ("num_global_tokens",),
-    "random": ("num_random_blocks", "block_size"),
-    "block": ("block_size",),
-    "routing": (),
-    "lsh": (),
-    "mamba2": (),
-}
-SECTIONS = {"routing": RoutingSection, "lsh": LshSection, "mamba2": SsmSection}
-SECTION_OF = {"routing": "routing", "lsh": "lsh", "mamba2": "ssm"}
 
 
 def _known_layer(entry: str) -> str:
@@ -119,101 +105,9 @@ class ModelSection(Section):
     initializer_range: float = about("model.initializer_range", 0.02, gt=0)
 
     @model_validator(mode="after")
-    def heads_fit(self) -> ModelSection:
-        heads, groups = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
-        if heads % groups:
-            raise ValueError(
-                f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({groups})"
-            )
-        if self.attention == "mla":
-            return self
-        if self.head_dim is None and self.hidden_size % heads:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads ({heads}); "
-                "set head_dim to choose a width"
-            )
-        width = self.head_dim or self.hidden_size // heads
-        if self.position == "rope" and width % 2:
-            raise ValueError(f"head_dim ({width}) is odd: rotary positions turn pairs of channels")
-        return self
-
-    @model_validator(mode="after")
-    def layers_have_their_sizes(self) -> ModelSection:
-        kinds = {part for entry in self.pattern for part in entry.split("+")}
-        needed = {size for kind in kinds for size in SIZES[kind]}
-        for kind in sorted(kinds):
-            for size in SIZES[kind]:
-                if getattr(self, size) is None:
-                    raise ValueError(f"pattern has `{kind}` layers but {size} is unset")
-        for size in sorted({size for sizes in SIZES.values() for size in sizes} - needed):
-            if getattr(self, size) is not None:
-                users = one_of([kind for kind, sizes in SIZES.items() if size in sizes])
-                raise ValueError(f"{size} is set but no layer of pattern is {users}")
-        for kind, section in SECTION_OF.items():
-            if getattr(self, section) is not None and kind not in kinds:
-                raise ValueError(f"{section} is set but no layer of pattern is `{kind}`")
-        if self.mla is not None and self.attention != "mla":
-            raise ValueError("mla is set but attention is not `mla`")
-        return self
-
-    @model_validator(mode="after")
-    def parts_go_together(self) -> ModelSection:
-        if self.stack != "decoder" and "mamba2" in self.pattern:
-            raise ValueError(f"`mamba2` layers read from left to right, which stack: {self.stack} does not")
-        if self.stack != "encoder" and (why := looks_ahead(self.experts)) is not None:
-            raise ValueError(
-                f"experts of kind `{self.experts.kind if self.experts else ''}` look ahead ({why}): "
-                "they go with stack: encoder only"
-            )
-        if self.num_decoder_layers is not None and self.stack != "encoder_decoder":
-            raise ValueError(f"num_decoder_layers is set but stack is `{self.stack}`")
-        if self.experts is not None and self.ffn == "none":
-            raise ValueError("experts are feed-forward layers, but ffn is `none`")
-        if self.position in ("relative", "alibi") and set(self.pattern) == {"mamba2"}:
-            raise ValueError(f"position: {self.position} adds to scores, but `mamba2` layers have none")
-        if self.ffn == "none" and set(self.pattern) != {"mamba2"}:
-            raise ValueError("ffn: none goes with `mamba2` layers only")
-        if isinstance(self.experts, SparseExperts):
-            _check_sparse(self.experts)
-        ssm = self.ssm
-        if ssm is not None and (ssm.expand * self.hidden_size) % ssm.head_dim:
-            inner = ssm.expand * self.hidden_size
-            raise ValueError(
-                f"ssm: expand x hidden_size ({inner}) is not a multiple of head_dim ({ssm.head_dim})"
-            )
-        if self.attention == "mla":
-            if self.position != "rope":
-                raise ValueError(
-                    f"attention: mla turns part of each key, so position must be rope, not {self.position}"
-                )
-            if self.mla is not None and self.mla.qk_rope_head_dim % 2:
-                raise ValueError(
-                    f"mla.qk_rope_head_dim ({self.mla.qk_rope_head_dim}) is odd: rotary positions turn pairs"
-                )
-            if self.num_key_value_heads not in (None, self.num_attention_heads):
-                raise ValueError("attention: mla has no groups of keys; leave num_key_value_heads unset")
-        content = sorted({"routing", "lsh"} & set(self.pattern))
-        if content and self.position in ("relative", "alibi"):
-            raise ValueError(f"`{content[0]}` layers take no score bias, but position is `{self.position}`")
-        return self
-
-    @model_validator(mode="after")
-    def no_layer_passes_over_a_setting(self) -> ModelSection:
-        content = sorted({"routing", "lsh"} & set(self.pattern))
-        if content and self.attn_logit_softcapping is not None:
-            raise ValueError(f"`{content[0]}` layers do not bend scores, but attn_logit_softcapping is set")
-        if content and self.attention_dropout:
-            raise ValueError(f"`{content[0]}` layers drop no weights, but attention_dropout is set")
-        if self.attention == "mla":
-            if self.qk_norm:
-                raise ValueError(
-                    "attention: mla normalises what it compresses, not queries and keys; drop qk_norm"
-                )
-            if self.head_dim not in (None, (self.mla or MlaSection()).qk_rope_head_dim):
-                raise ValueError("attention: mla has widths of its own; set those of mla instead of head_dim")
-        ssm = self.ssm
-        if ssm is not None and (heads := ssm.expand * self.hidden_size // ssm.head_dim) % ssm.n_groups:
-            raise ValueError(f"ssm: its {heads} heads are not a multiple of n_groups ({ssm.n_groups})")
+    def makes_sense(self) -> ModelSection:
+        for mistake in mistakes(self):
+            raise ValueError(mistake)
         return self
 
     def resolved(self, vocab_size: int | None = None) -> ModelSection:
@@ -250,24 +144,3 @@ class ModelSection(Section):
         """Inner width of one expert; the section must be resolved."""
         assert self.experts is not None and self.intermediate_size is not None
         return self.experts.moe_intermediate_size or self.intermediate_size
-
-
-def _check_sparse(experts: SparseExperts) -> None:
-    if experts.num_experts_per_tok > experts.num_experts:
-        raise ValueError(
-            f"experts.num_experts_per_tok ({experts.num_experts_per_tok}) is more than num_experts ({experts.num_experts})"
-        )
-    if experts.num_experts % experts.n_group:
-        raise ValueError(
-            f"experts.num_experts ({experts.num_experts}) is not a multiple of n_group ({experts.n_group})"
-        )
-    if experts.topk_group > experts.n_group:
-        raise ValueError(
-            f"experts.topk_group ({experts.topk_group}) is more than n_group ({experts.n_group})"
-        )
-    held = experts.topk_group * experts.num_experts // experts.n_group
-    if experts.num_experts_per_tok > held:
-        raise ValueError(
-            f"experts.num_experts_per_tok ({experts.num_experts_per_tok}) is more than the {held} experts "
-            f"that topk_group ({experts.topk_group}) of n_group ({experts.n_group}) groups hold"
-        )

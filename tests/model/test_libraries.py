@@ -131,7 +131,7 @@ def test_three_steps_of_sft_on_what_only_we_have(kind, adapted, tokenizer, tmp_p
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model).__name__ == "LlmctlForCausalLM" and model.config.model_type == "llmctl"
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    rows = [{"input_ids": list(range(2, 14)) + [1], "labels": list(range(2, 14)) + [1]}] * 6
+    rows = [{"input_ids": [*list(range(2, 14)), 1], "labels": [*list(range(2, 14)), 1]}] * 6
     arguments = SFTConfig(
         str(tmp_path / "sft"), max_steps=3, per_device_train_batch_size=2, learning_rate=3e-2, report_to=[],
         use_cpu=True, save_strategy="no", disable_tqdm=True, logging_steps=1, max_length=None,

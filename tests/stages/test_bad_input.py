@@ -102,46 +102,6 @@ RECIPES = {
         "command line: data.max_length is 65, but model.max_position_embeddings is 64",
         f"{EXPLAIN} every field",
     ),
-    "rows longer than the table of positions": Bad(
-        f"{NEW} data.max_length=65 model.position=learned",
-        "command line: data.max_length is 65, but model.max_position_embeddings is 64, "
-        "and learned positions end there",
-        f"{EXPLAIN} every field",
-    ),
-    "a window beyond the context": Bad(
-        f"{NEW} model.pattern=[sliding] model.sliding_window=65",
-        "command line: model.sliding_window (65) is larger than the context "
-        "(model.max_position_embeddings, 64): such layers would be `full`",
-        f"{EXPLAIN} every field",
-    ),
-    "slots in a decoder": Bad(
-        f"{NEW} model.experts.kind=slots",
-        "command line: model: experts of kind `slots` look ahead (slots are averages over all tokens of a "
-        "document): they go with stack: encoder only",
-        f"{EXPLAIN} model",
-    ),
-    "expert choice in a decoder": Bad(
-        f"{NEW} model.experts.kind=expert_choice",
-        "command line: model: experts of kind `expert_choice` look ahead (an expert chooses among all tokens of "
-        "a document): they go with stack: encoder only",
-        f"{EXPLAIN} model",
-    ),
-    "a kind of layer that is none": Bad(
-        f"{NEW} model.pattern=[slidding]",
-        "command line: model.pattern.0: `slidding` is not one of `full`, `sliding`, `band`, `dilated`, `global`, "
-        "`random`, `block`, `routing`, `lsh`, `mamba2`",
-        "did you mean `sliding`?",
-    ),
-    "a kind of experts that is none": Bad(
-        f"{NEW} model.experts.kind=sparce",
-        "command line: model.experts: `sparce` is not one of `sparse`, `dense`, `soft`, `slots`, `expert_choice`",
-        "did you mean `sparse`?",
-    ),
-    "a window that no layer has": Bad(
-        f"{NEW} model.sliding_window=16",
-        "command line: model: sliding_window is set but no layer of pattern is `sliding`, `band`, `dilated`",
-        f"{EXPLAIN} model",
-    ),
     "no such recipe": Bad(
         f"{NEW} --recipe quickstart-pretrai",
         "quickstart-pretrai: no such recipe",
