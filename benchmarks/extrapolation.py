@@ -24,7 +24,7 @@ from llmctl.report import Series, curve_svg
 from llmctl.stages import evaluate, pretrain
 from llmctl.talk import SILENT
 
-TRAINED, LENGTHS, STEPS, FACTOR = variants.LENGTH, (256, 512, 1024, 2048), 400, 8.0
+TRAINED, LENGTHS, STEPS, FACTOR = variants.LENGTH, (256, 512, 1024, 2048), 1000, 8.0
 KINDS = ("rope", "learned", "sinusoidal", "alibi", "relative", "none")
 STRETCHED: dict[str, dict[str, Any]] = {
     "rope, NTK": {"rope_type": "ntk", "rope_theta": 10000.0, "factor": FACTOR},
@@ -58,6 +58,7 @@ def train(kind: str, text: Path, work: Path, threads: int) -> Path:
             f"model.max_position_embeddings={LENGTHS[-1]}",
             "model.family=llmctl",
             f"data.max_length={TRAINED}",
+            *variants.BESIDE.get(kind, []),
         ]
         recipe = variants.recipe_of(words, text, work, threads)
         steps = recipe.train.model_copy(

@@ -169,7 +169,9 @@ def main() -> int:
                 # what is loaded as float32 is twice as large: that is what it is held against
                 whole = held * (2 if way == "to float32" else 1)
                 if available() < 1.2 * whole:
-                    print(f"{family}, {way}: left out, for it needs {1.2 * whole / 1e9:.0f} GB of free memory")
+                    print(
+                        f"{family}, {way}: left out, for it needs {1.2 * whole / 1e9:.0f} GB of free memory"
+                    )
                     continue
                 command = [sys.executable, __file__, "--measure", str(Path(folder) / "model"), way]
                 answer = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -66,6 +66,8 @@ RESIZED = {
     "model.sliding_window=256": "model.sliding_window=64",
     "model.embedding_multiplier=16.0": "model.embedding_multiplier=11.3",
 }
+# waves of height 1 drown embeddings of 0.02, which the original therefore makes as large (arXiv:1706.03762, section 3.4)
+BESIDE = {"sinusoidal": ["model.embedding_multiplier=50.0"]}
 # experts of half the width, two of which are what the plain layer is
 HALF = "model.experts.moe_intermediate_size=176"
 WINDOW, GLOBAL, BLOCKS = "model.sliding_window=16", "model.num_global_tokens=4", "model.block_size=16"
@@ -87,7 +89,7 @@ def variants() -> dict[str, list[str]]:
         for name, variant in AXES[axis].variants.items():
             words = [RESIZED.get(word, word) for word in variant.words]
             more = [HALF] if any(word.startswith("model.experts.kind") for word in words) else []
-            found[f"{axis}: {name}"] = [*words, *more]
+            found[f"{axis}: {name}"] = [*words, *more, *BESIDE.get(name, [])]
     found |= {f"mixture: {name}": words.split() for name, words in MIXTURES.items()}
     plain = spec_of([])
     return {name: words for name, words in found.items() if name == "plain" or spec_of(words) != plain}

@@ -17,6 +17,7 @@ from llmctl.model.checkpoint import load_model, load_weights, new_model, save_mo
 from llmctl.model.config import LlmctlConfig
 from llmctl.model.families import write_config
 from llmctl.model.open import open_config, open_folded
+from llmctl.model.paths import mixing_paths, said
 from llmctl.model.steps import after_step
 from llmctl.recipe.generate import GenerateSection
 from llmctl.recipe.load import dump_recipe
@@ -96,6 +97,7 @@ def run(recipe: PretrainRecipe, talk: Talk, *, resume: bool = False, dry_run: bo
         recipe.data, inputs.tokenizer, inputs.max_length, recipe.train.seed, talk
     )
     talk.say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {inputs.compute}")
+    talk.say(said(mixing_paths(model.model, inputs.max_length)))
     fields = {
         "seed": recipe.train.seed,
         "device": str(inputs.compute),
