@@ -32,7 +32,7 @@ from llmctl.kernels.quantized import Quantized
 from llmctl.model import Leaf, LlmctlForCausalLM, leaves
 from llmctl.model.open import open_folded
 from llmctl.quantize.absmax import absmax
-from llmctl.quantize.calibrate import output_error, real_tokens
+from llmctl.quantize.calibrate import output_error
 from llmctl.quantize.gptq import Gptq, gptq
 from llmctl.quantize.scales import codes_of
 from llmctl.stages.text import TextRows, encoder_of, pad_id_of
@@ -104,7 +104,7 @@ def hessians(model: LlmctlForCausalLM, batches: Iterable[Batch]) -> tuple[dict[s
         if leaf.kind == "linear"
     ]
     for batch in batches:
-        real = real_tokens(batch["labels"], batch["position_ids"])
+        real = batch["attention_mask"] == 1
         tokens += int(real.sum())
         model.model(batch["input_ids"], position_ids=batch["position_ids"])
     for hook in hooks:

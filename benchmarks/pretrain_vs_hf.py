@@ -104,9 +104,8 @@ def bare_way(data: Batches, steps: int, device: str, dtype: str = "bfloat16") ->
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     started = time.perf_counter()
     for step in range(steps):
-        batch = {
-            name: value.to(device) for name, value in data.step(step)[0].items() if name != "position_ids"
-        }
+        found = data.step(step)[0]
+        batch = {name: found[name].to(device) for name in ("input_ids", "labels")}
         with compute.autocast():
             loss = model(**batch, use_cache=False).loss
         loss.backward()

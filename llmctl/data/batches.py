@@ -134,7 +134,7 @@ def collate(laid: Laid, chosen: Iterable[int], *, pad_id: int, isolate: bool = T
         input_ids [B, T] int64; labels [B, T] int64, in the places of input_ids (the model shifts them),
         -100 at places that are not trained, at the first token of every piece and at padding;
         position_ids [B, T] int64, from 0 at every piece (at every row if not `isolate`) and from 0
-        again at padding.
+        again at padding; attention_mask [B, T] int64, 1 at tokens and 0 at padding.
     """
     pieces, rows = laid.pieces, [laid.rows[row] for row in chosen]
     lengths = [int(pieces.length[row].sum()) for row in rows]
@@ -142,6 +142,7 @@ def collate(laid: Laid, chosen: Iterable[int], *, pad_id: int, isolate: bool = T
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORE, dtype=np.int64)
     position_ids = np.empty(shape, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64)
     for number, (row, filled) in enumerate(zip(rows, lengths, strict=True)):
         at = 0
         for start, length in zip(pieces.start[row].tolist(), pieces.length[row].tolist(), strict=True):
@@ -157,10 +158,12 @@ def collate(laid: Laid, chosen: Iterable[int], *, pad_id: int, isolate: bool = T
         if not isolate:
             position_ids[number, :at] = np.arange(at)
         position_ids[number, filled:] = np.arange(shape[1] - filled)
+        attention_mask[number, :filled] = 1
     return {
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),
         "position_ids": torch.from_numpy(position_ids),
+        "attention_mask": torch.from_numpy(attention_mask),
     }
 
 

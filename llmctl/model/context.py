@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmctl.kernels.attention import Visibility
@@ -68,7 +69,7 @@ class Context:
             pattern can forget it.
         contiguous: every row is one unpadded document whose keys stand at 0 … S-1.
         spans: document lengths over the flattened rows, when nothing is cached and rows are packed.
-        rotary: cos and sin [B or 1, T, D/2], set once by the stack that owns the positions.
+        rotary: cos and sin [B or 1, 1, T, D/2], set once by the stack that owns the positions.
         bias: what is added to the scores [B or 1, H, T, S], set by the same.
         memory: the encoder's states, in the decoder of an encoder–decoder.
         trace: called with what mixers note of their work, by layer and name; None when nobody looks.
@@ -139,7 +140,8 @@ class Context:
                 return Visibility("open")
             if T == S:
                 return Visibility("causal")
-        if self.spans is not None and pattern.sees_all(max(self.spans)):
+        # by positions, since documents need not begin at 0
+        if self.spans is not None and pattern.sees_all(1 + int(self.queries.position.max())):
             return Visibility("spans", spans=self.spans, causal=causal)
         layout = self._layout(pattern)
         if layout is not None:
@@ -200,21 +202,30 @@ def packed_context(position_ids: Tensor, by_span: bool = True) -> Context:
     tokens = Tokens(position_ids, starts.cumsum(1))
     if not by_span:
         return Context(tokens, tokens)
-    first = starts.flatten().nonzero().squeeze(1)
-    ends = torch.cat([first[1:], first.new_tensor([position_ids.numel()])])
-    whole = position_ids.shape[0] == first.numel() and bool((position_ids[:, 0] == 0).all())
-    return Context(tokens, tokens, contiguous=whole, spans=tuple((ends - first).tolist()))
+    spans = _spans(starts)
+    whole = position_ids.shape[0] == len(spans) and bool((position_ids[:, 0] == 0).all())
+    return Context(tokens, tokens, contiguous=whole, spans=spans)
 
 
-def padded_context(attention_mask: Tensor, length: int, position_ids: Tensor | None = None) -> Context:
+def _spans(begins: Tensor) -> tuple[int, ...]:
+    """Lengths of what begins where `begins` [B, T] is True, over the flattened rows."""
+    first = begins.flatten().nonzero().squeeze(1)
+    ends = torch.cat([first[1:], first.new_tensor([begins.numel()])])
+    return tuple((ends - first).tolist())
+
+
+def padded_context(
+    attention_mask: Tensor, length: int, position_ids: Tensor | None = None, by_span: bool = True
+) -> Context:
     """Rows with padding: `attention_mask` [B, S] is 1 at real tokens; the last `length` are new.
 
-    Positions count the real tokens of a row, unless `position_ids` [B, length] says otherwise.
+    Positions count the real tokens of a row, unless `position_ids` [B, length] says otherwise. `by_span`: as of
+    `packed_context`.
     """
     segment = attention_mask.long()
     if position_ids is not None and length == segment.shape[1]:
         # nothing is cached, so the positions may restart: each restart is a document of its own
-        return _padded_documents(segment, position_ids.expand(segment.shape[0], -1))
+        return _padded_documents(segment, position_ids.expand(segment.shape[0], -1), by_span)
     keys = Tokens((segment.cumsum(1) - 1).clamp(min=0), segment)
     queries = Tokens(keys.position[:, -length:], segment[:, -length:])
     if position_ids is not None and not torch.equal(
@@ -227,13 +238,19 @@ def padded_context(attention_mask: Tensor, length: int, position_ids: Tensor | N
     return Context(queries, queries if length == attention_mask.shape[1] else keys)
 
 
-def _padded_documents(real: Tensor, position_ids: Tensor) -> Context:
-    starts = torch.zeros_like(real)
-    starts[:, 1:] = (position_ids[:, 1:] != position_ids[:, :-1] + 1) & (real[:, 1:] == 1)
-    # padding keeps segment 0 and counts its own places, so that its rows of the mask are not empty
-    places = torch.arange(real.shape[1], device=real.device).expand_as(real)
-    tokens = Tokens(torch.where(real == 1, position_ids, places), (starts.cumsum(1) + 1) * real)
-    return Context(tokens, tokens)
+def _padded_documents(real: Tensor, position_ids: Tensor, by_span: bool) -> Context:
+    place = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    last = torch.where(real == 1, place, -1).cummax(1).values
+    # the real token before each one, -1 for none: a document goes on where it was padded in between
+    before = F.pad(last[:, :-1], (1, 0), value=-1)
+    follows = (before >= 0) & (position_ids == position_ids.gather(1, before.clamp(min=0)) + 1)
+    starts = (real == 1) & ~follows
+    # padding is of segment 0 and counts the places of its gap, so that its rows of the mask are not empty
+    tokens = Tokens(torch.where(real == 1, position_ids, place - last - 1), starts.cumsum(1) * real)
+    beside = before == place - 1
+    if not by_span or bool((follows & (real == 1) & ~beside).any()):
+        return Context(tokens, tokens)
+    return Context(tokens, tokens, spans=_spans(starts | ((real == 0) & beside)))
 
 
 def context_of(
@@ -245,7 +262,7 @@ def context_of(
         if mask.dim() != 2:
             raise ValueError(f"attention_mask must be [rows, tokens], not {mask.dim()}-dimensional")
         if not bool(mask.all()):
-            return padded_context(mask, length, position_ids)
+            return padded_context(mask, length, position_ids, by_span)
     if position_ids is None:
         return plain_context(length, past, x.device)
     if past == 0 and length > 1:

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.errors import UserError
-from llmctl.kernels.cross_entropy import IGNORE
 from llmctl.kernels.quantized import Quantized
 from llmctl.model import Leaf, LlmctlForCausalLM, leaves
-from llmctl.model.context import packed_context
+from llmctl.model.context import context_of
 from llmctl.quantize.absmax import absmax
 from llmctl.quantize.gptq import Gptq, Singular, gptq
 
@@ -38,7 +37,7 @@ def quantize_blocks(
     is left as it is. The hidden states of all rows are kept on the CPU in float32.
 
     Args:
-        batches: input_ids, labels and position_ids, [B, T] each, as `data.batches.collate` makes them.
+        batches: input_ids, position_ids and attention_mask, [B, T] each, as `data.batches.collate` makes them.
         tell: called after each leaf with its name and `error`, `nearest_error` (||XW^T - XQ^T||² / ||XW^T||²
             on the calibration text, of the codes found and of round to nearest) and `tokens`.
 
@@ -84,19 +83,6 @@ def refuse_not_finite(model: LlmctlForCausalLM, batch: Mapping[str, Tensor]) -> 
         model.model(batch["input_ids"].to(model.device), position_ids=batch["position_ids"].to(model.device))
 
 
-def real_tokens(labels: Tensor, position_ids: Tensor) -> Tensor:
-    """True [B, T] where a token is not padding.
-
-    Padding is the last document of a row, if none of its places is a label; every other document has one.
-    """
-    starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    document = starts.cumsum(1)
-    last = document == document[:, -1:]
-    trained = ((labels != IGNORE) & last).any(1, keepdim=True)
-    return ~last | trained
-
-
 @dataclass(frozen=True)
 class _Rows:
     """One batch on its way through the model: `hidden` [B, T, E] float32, `real` [B, T]; all on the CPU."""
@@ -117,7 +103,7 @@ class _Text:
             _Rows(
                 self._embedded(batch).float().cpu(),
                 batch["position_ids"].cpu(),
-                real_tokens(batch["labels"], batch["position_ids"]).cpu(),
+                batch["attention_mask"].bool().cpu(),
             )
             for batch in batches
         ]
@@ -126,8 +112,10 @@ class _Text:
             raise ValueError("no calibration text")
 
     def _embedded(self, batch: Mapping[str, Tensor]) -> Tensor:
-        ctx = packed_context(batch["position_ids"].to(self._device))
-        return self._stack.embed(batch["input_ids"].to(self._device), ctx)
+        ids, mask, positions = (
+            batch[name].to(self._device) for name in ("input_ids", "attention_mask", "position_ids")
+        )
+        return self._stack.embed(ids, context_of(ids, mask, positions, 0, True))
 
     def groups(self, block: nn.Module, inside: list[Leaf]) -> list[list[Leaf]]:
         """The leaves of a block that read the same tensor together, in the order of their calls.
@@ -165,7 +153,7 @@ class _Text:
             real = rows.real.to(self._device)
 
             def seen(leaf: Leaf, x: Tensor, real: Tensor = real) -> None:
-                # an expert is given its tokens one after the other; which of them are padding is not known then
+                # an expert is given real tokens only, one after the other
                 x_NI = (x[real] if x.dim() == 3 else x).float()
                 total.addmm_(x_NI.T, x_NI)
                 raise _Enough
@@ -192,10 +180,12 @@ class _Text:
 
     def _run(self, block: nn.Module, rows: _Rows) -> Tensor | None:
         """What a block gives; None if a hook had seen enough before."""
-        ctx = packed_context(rows.position_ids.to(self._device))
+        x_BTE = rows.hidden.to(self._device, self._dtype)
+        real, positions = rows.real.to(self._device), rows.position_ids.to(self._device)
+        ctx = context_of(x_BTE, real, positions, 0, True)
         self._stack.prepare(ctx)
         try:
-            hidden, _ = block(rows.hidden.to(self._device, self._dtype), ctx)
+            hidden, _ = block(x_BTE, ctx)
             return hidden
         except _Enough:
             return None

@@ -18,7 +18,7 @@ Loss = Callable[[nn.Module, Batch, int], Tensor]
 
 
 def causal_lm(model: nn.Module, batch: Batch, trained_tokens: int) -> Tensor:
-    """Next-token cross-entropy in nats. `batch` holds input_ids, labels and position_ids, [B, T] each.
+    """Next-token cross-entropy in nats. `batch` holds what `data.batches.collate` makes, [B, T] each.
 
     Works for a bare model and for one wrapped by PEFT alike: both take Hugging Face's keywords.
     """

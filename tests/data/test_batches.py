@@ -42,6 +42,7 @@ def test_collate_packed_row_by_hand():
     assert batch["input_ids"].tolist() == [[100, 101, 102, 103, 104], [105, 106, 107, 108, PAD]]
     assert batch["labels"].tolist() == [[-100, 101, 102, -100, 104], [-100, 106, 107, 108, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
     assert {t.dtype for t in batch.values()} == {torch.int64}
 
 
@@ -59,6 +60,7 @@ def test_collate_without_isolation_runs_over_the_row():
     ids, pieces = data([3, 2, 2])
     batch = collate(Laid(ids, pieces, two_and_one()), range(2), pad_id=PAD, isolate=False)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 101, 102, -100, 104], [-100, 106, -100, -100, -100]]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.checkpoint import load_model, save_model
@@ -68,16 +69,29 @@ def padded_row(model: LlmctlForCausalLM) -> None:
     after = model(torch.cat([x, zeros], 1), attention_mask=torch.cat([filled, zeros], 1)).logits
     torch.testing.assert_close(before[:, room:], alone, **CLOSE)
     torch.testing.assert_close(after[:, :-room], alone, **CLOSE)
+    # a gap inside, with the positions that `generate` gives
+    mask = torch.cat([filled[:, :4], zeros, filled[:, 4:]], 1)
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
+    apart = model(
+        torch.cat([x[:, :4], zeros, x[:, 4:]], 1), attention_mask=mask, position_ids=positions
+    ).logits
+    torch.testing.assert_close(apart[mask == 1], alone[0], **CLOSE)
 
 
 @torch.no_grad()
 def packed_row(model: LlmctlForCausalLM) -> None:
-    """Documents that share a row see nothing of each other."""
-    x, lengths = ids(), [9, 1, LENGTH - 10]
+    """Documents that share a row see nothing of each other, nor of the padding behind them."""
+    x, lengths, room = ids(), [9, 1, LENGTH - 10], 3
     positions = torch.cat([torch.arange(n) for n in lengths])[None].expand(2, -1)
     packed = model(x, position_ids=positions).logits
     alone = torch.cat([model(part).logits for part in x.split(lengths, dim=1)], 1)
     torch.testing.assert_close(packed, alone, **CLOSE)
+    padded = model(
+        F.pad(x, (0, room)),
+        attention_mask=F.pad(torch.ones_like(x), (0, room)),
+        position_ids=torch.cat([positions, torch.arange(room).expand(2, -1)], 1),
+    ).logits
+    torch.testing.assert_close(padded[:, :-room], alone, **CLOSE)
 
 
 def save_and_load(model: LlmctlForCausalLM, folder: Path) -> None:

@@ -288,7 +288,9 @@ def test_contexts_agree_with_the_definition(name):
         plain_context(1, past=7),
         plain_context(3, past=5),
         packed_context(positions),
+        packed_context(torch.tensor([[2, 3, 4, 5] * 2] * 2)),
         padded_context(mask, 8),
+        padded_context(mask.flip(1), 8, positions),
         padded_context(mask, 2),
     ]
     for ctx, layer in itertools.product(contexts, range(spec.num_hidden_layers)):

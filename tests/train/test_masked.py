@@ -12,6 +12,8 @@ from llmctl.data.batches import IGNORE, Batch, Batches, Laid, collate
 from llmctl.data.packing import cut, pack, unpacked
 from llmctl.model.adapters import add_lora
 from llmctl.model.checkpoint import new_model
+from llmctl.recipe.experts import SparseExperts
+from llmctl.recipe.mixers import RoutingSection
 from llmctl.recipe.model import ModelSection
 from llmctl.train.losses import causal_lm, trained_tokens
 
@@ -102,6 +104,26 @@ def test_padding_changes_nothing(model, pad):
     padded = step(laid, ROWS, 1, pad)
     assert (padded[0]["input_ids"] == pad).sum() > ROWS
     same(gradients(model, padded), gradients(model, step(laid, 1, ROWS)))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_padding_is_routed_to_no_expert(packing):
+    """Nor does it move centroids."""
+    spec = SPEC.model_copy(
+        update={
+            "pattern": ["routing", "full"],
+            "routing": RoutingSection(num_clusters=3),
+            "experts": SparseExperts(kind="sparse", num_experts=4, correction_bias=True),
+        }
+    )
+    model, (batch,) = new_model(spec, seed=0).train(), step(data(packing), ROWS, 1)
+    tokens = int(data(packing).pieces.length.sum())
+    assert batch["input_ids"].numel() > tokens
+    causal_lm(model, batch, 1).backward()
+    for layer in model.model.layers:
+        assert int(layer.mlp.gate.counts.sum()) == 2 * tokens
+    gathered = model.model.layers[0].self_attn.gathered
+    assert int(gathered[..., -1].sum()) == 2 * tokens
 
 
 def test_a_document_has_the_loss_it_has_alone(model):
