@@ -65,7 +65,9 @@ class RoutingAttention(Joinable):
 
     def forward(self, x_BTE: Tensor, ctx: Context, state: KeyValueState | None) -> Tensor:
         q, k, v = (split_heads(x, self.head_dim) for x in self.projected(x_BTE))
-        index_BHT = self._nearest(q.detach(), ctx, count=self.training and torch.is_grad_enabled())
+        # frozen queries belong to the base of an adapter, which could not carry centroids that have moved
+        counts = self.training and torch.is_grad_enabled() and self.q_proj.weight.requires_grad
+        index_BHT = self._nearest(q.detach(), ctx, counts)
         q = _unit(q) if self.q_norm is None else self.q_norm(q)
         k = _unit(k) if self.k_norm is None else self.k_norm(k)
         if ctx.rotary is not None:
@@ -201,8 +203,8 @@ class LshAttention(Joinable):
 def update_centroids(model: nn.Module) -> None:
     """Move the centroids of every routing layer by what it saw since the last call.
 
-    To be called after each optimizer step. Does nothing for layers that have seen no training since. Each process
-    moves its centroids by the tokens it saw itself.
+    To be called after each optimizer step. Does nothing for layers that are frozen, as under an adapter, or have seen
+    no training since. Each process moves its centroids by the tokens it saw itself.
     """
     for mixer in [module for module in model.modules() if isinstance(module, RoutingAttention)]:
         mixer.update()

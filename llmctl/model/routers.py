@@ -138,7 +138,9 @@ class SparseRouter(Router):
         self.counts.zero_()
 
     def _count(self, load: Tensor) -> None:
-        if self.e_score_correction_bias is None or not (self.training and torch.is_grad_enabled()):
+        # a frozen router belongs to the base of an adapter, which could not carry a bias that has moved
+        trains = self.training and torch.is_grad_enabled() and self.weight.requires_grad
+        if self.e_score_correction_bias is None or not trains:
             return
         # a pass that is computed again for its gradients (activation checkpointing) is counted twice; so is
         # every expert, and only the sign of a difference matters
@@ -159,7 +161,7 @@ def balance_experts(model: nn.Module) -> None:
     """Move every correction bias of a model by `bias_update_rate` towards even loads, and count anew.
 
     To be called after each optimizer step (Wang et al. 2024, arXiv:2408.15664). Does nothing for routers
-    without a bias, or that have seen no training since.
+    without a bias, that are frozen, or that have seen no training since.
     """
     for router in [module for module in model.modules() if isinstance(module, SparseRouter)]:
         router.rebalance()

@@ -26,8 +26,9 @@ from llmctl.model.adapters import (
     narrow_frozen,
     target_names,
 )
-from llmctl.model.checkpoint import load_model, new_model
+from llmctl.model.checkpoint import load_model, new_model, save_model
 from llmctl.model.leaves import leaves
+from llmctl.model.steps import after_step
 from tests.model.adapted import TOKENS, adapted, base, ids, inner, logits, saved, shaken, spec
 
 FLOAT = Compute(torch.device("cpu"), torch.float32)
@@ -141,6 +142,32 @@ def test_saved_adapters_come_back_bit_for_bit(tied: bool, tokens: list[int] | No
     load_adapter_weights(again, folder)
     for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pattern": ["routing"], "routing": {"num_clusters": 3, "decay": 0.1}},
+        {
+            "experts": {
+                "kind": "sparse", "num_experts": 4, "correction_bias": True, "bias_update_rate": 0.1,
+                "moe_intermediate_size": 16,
+            }
+        },
+    ],
+    ids=["centroids", "correction-bias"],
+)  # fmt: skip
+def test_what_moves_outside_the_gradient_stays_under_an_adapter(
+    fields: dict[str, object], tmp_path: Path
+) -> None:
+    """An adapter holds its matrices alone, so what was trained would not be what is opened."""
+    save_model(new_model(spec(**fields), seed=0), tmp_path / "b")
+    model = adapted(tmp_path / "b").train()
+    for _ in range(3):
+        model(input_ids=ids(), labels=ids()).loss.backward()
+        after_step(model)
+    opened = attach(load_model(tmp_path / "b"), saved(model, tmp_path / "a"))
+    assert torch.equal(logits(opened), logits(model.eval()))
 
 
 @TIED
