@@ -30,9 +30,10 @@ SIZES: dict[str, tuple[str, ...]] = {
 }
 SECTIONS = {"routing": RoutingSection, "lsh": LshSection, "mamba2": SsmSection}
 SECTION_OF = {"routing": "routing", "lsh": "lsh", "mamba2": "ssm"}
-# fields of scores, which a model of state-space layers alone does not have
-OF_SCORES = (
-    "qk_norm", "attn_logit_softcapping", "query_pre_attn_scalar", "attention_dropout",
+# fields of attention, which a model of state-space layers alone does not have
+OF_ATTENTION = (
+    "qk_norm", "attn_logit_softcapping", "query_pre_attn_scalar", "attention_dropout", "attention_bias",
+    "rope_parameters",
 )  # fmt: skip
 
 
@@ -82,6 +83,8 @@ def _layers(model: ModelSection) -> Iterator[str]:
 def _stacks(model: ModelSection) -> Iterator[str]:
     if model.stack != "decoder" and "mamba2" in model.pattern:
         yield f"`mamba2` layers read from left to right, which stack: {model.stack} does not"
+    if model.stack != "decoder" and "sliding" in kinds_of(model):
+        yield f"`sliding` has no bound ahead, where stack: {model.stack} looks too; `band` has one to either side"
     if model.num_decoder_layers is not None and model.stack != "encoder_decoder":
         yield f"num_decoder_layers is set but stack is `{model.stack}`"
 
@@ -173,7 +176,7 @@ def _positions(model: ModelSection) -> Iterator[str]:
         yield f"position: {model.position} adds to scores, but `mamba2` layers have none"
     if model.position_offset and model.position != "learned":
         yield f"position_offset is set but position is `{model.position}`, not `learned`"
-    if model.rope_parameters.rope_type != "default" and model.position != "rope":
+    if model.rope_parameters != defaults["rope_parameters"].default and model.position != "rope":
         yield f"rope_parameters are set but position is `{model.position}`, not `rope`"
     for name in ("relative_attention_num_buckets", "relative_attention_max_distance"):
         if getattr(model, name) != defaults[name].default and model.position != "relative":
@@ -182,9 +185,9 @@ def _positions(model: ModelSection) -> Iterator[str]:
 
 def _scores(model: ModelSection) -> Iterator[str]:
     if set(model.pattern) == {"mamba2"}:
-        for name in OF_SCORES:
+        for name in OF_ATTENTION:
             if getattr(model, name) != type(model).model_fields[name].default:
-                yield f"{name} is set but `mamba2` layers have no scores"
+                yield f"{name} is set but `mamba2` layers do not attend"
 
 
 LOOKS: tuple[Callable[[ModelSection], Iterator[str]], ...] = (

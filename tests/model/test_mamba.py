@@ -10,6 +10,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from llmctl.model.context import Context, Tokens, padded_context, plain_context
 from llmctl.model.init import role_of
 from llmctl.model.mamba import Mamba2
+from llmctl.recipe.model import ModelSection
 from tests.model.mixing import LENGTH, CausalContracts, Tower, close, ids, masked
 
 SSM = {"state_size": 6, "head_dim": 8, "chunk_size": 5}
@@ -51,6 +52,21 @@ class TestMamba2(CausalContracts):
 def test_sizes_that_do_not_fit_are_refused(ssm, said):
     with pytest.raises(ValueError, match=f"ssm: {said}"):
         tower_of("plain", ssm={**SSM, **ssm})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("attention_bias", "all"),
+        ("qk_norm", True),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 500.0}),
+    ],
+)
+def test_what_only_attention_reads_is_refused_where_there_is_none(field, value):
+    settings = {"hidden_size": 32, "num_attention_heads": 4, field: value}
+    with pytest.raises(ValueError, match=f"{field} is set but `mamba2` layers do not attend"):
+        ModelSection(**settings, pattern=["mamba2"])
+    ModelSection(**settings, pattern=["mamba2", "full"])
 
 
 # --- transformers -----------------------------------------------------------------------------------

@@ -171,7 +171,11 @@ def test_needs(axis: str, name: str, needed: str) -> None:
         ("position", "none", "rope_type other than default; attention mla"),
         ("position", "alibi", "rope_type other than default; attention mla; any mixer"),
         ("attention", "mla", "position other than rope; heads other than mha; any mixer"),
-        ("mixer", "mamba2", "stack other than decoder; position relative, alibi; attention mla"),
+        (
+            "mixer",
+            "mamba2",
+            "stack other than decoder; position relative, alibi; rope_type other than default; attention mla",
+        ),
         ("experts", "sparse", "ffn none"),
         ("experts", "slots", ""),
         ("family", "bert", ""),
