@@ -15,7 +15,7 @@ from llmctl.model.state import State
 class Session:
     """What the layers remember of one row, written in place.
 
-    The memory is made as large as the first turn asks for, and doubles when later ones need more.
+    The memory is made as large as a turn asks for, and at least doubles when a later turn asks for more.
 
     Attributes:
         ids: the tokens that are held, from the first.
@@ -25,6 +25,7 @@ class Session:
         self.ids: list[int] = []
         self._stack, self._head = model.model, model.head
         self._states: list[State] = []
+        self._longest: int = model.config.max_position_embeddings
 
     @torch.inference_mode()
     def generate(
@@ -46,8 +47,11 @@ class Session:
         """
         # the last id is run in any case: its logits were not kept
         self._forget_after(min(_shared(self.ids, prompt_ids), len(prompt_ids) - 1))
+        room = len(prompt_ids) + max_new_tokens
         if not self._states:
-            self._states = self._stack.init_states(1, len(prompt_ids) + max_new_tokens)
+            self._states = self._stack.init_states(1, room)
+        for state in self._states:
+            state.reserve(room, self._longest)
         new = prompt_ids[len(self.ids) :]
         for _ in range(max_new_tokens):
             token = int(sample(self._read(new)))

@@ -129,7 +129,7 @@ def split_heads(x_BTI: Tensor, head_dim: int) -> Tensor:
 
 def turned(x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Heads turned by their positions, in the precision that attention keeps."""
-    cos, sin = (table[:, None] for table in rotary)
+    cos, sin = rotary
     # On CPU attention runs in float32 anyway (kernels/attention.py): casting down between would only lose.
     wide = x_BHTD.device.type == "cpu" and x_BHTD.dtype != torch.float64
     return rotate(x_BHTD, cos, sin).to(torch.float32 if wide else x_BHTD.dtype)

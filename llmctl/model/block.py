@@ -34,6 +34,10 @@ class PairState:
     def rows(self) -> int:
         return self.own.rows
 
+    def reserve(self, length: int, most: int) -> None:
+        """As `State.reserve`."""
+        self.own.reserve(length, most)
+
     def cut(self, length: int) -> int:
         """As `State.cut`; the encoder's side stays."""
         return self.own.cut(length)

@@ -24,7 +24,7 @@ class Positions(nn.Module):
         return x_BTE
 
     def rotary(self, position_BT: Tensor) -> tuple[Tensor, Tensor] | None:
-        """cos and sin [B or 1, T, D/2] by which queries and keys are turned."""
+        """cos and sin [B or 1, 1, T, D/2] by which queries and keys are turned."""
         return None
 
     def bias(self, ctx: Context) -> Tensor | None:

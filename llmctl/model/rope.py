@@ -90,7 +90,7 @@ def rotary_scale(model: ModelSection) -> float:
 
 
 def rotary_tables(model: ModelSection, position_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, D/2], float32, of the angles by which each pair of channels is turned.
+    """cos and sin [B, 1, T, D/2], float32, for all heads, of the angles by which each pair of channels is turned.
 
     Computed anew each pass: it is a few microseconds, and there is no buffer to lose when a model
     is made on the meta device, sharded or cast.
@@ -98,7 +98,7 @@ def rotary_tables(model: ModelSection, position_BT: Tensor) -> tuple[Tensor, Ten
     rope = model.rope_parameters
     assert model.head_dim is not None
     frequencies = ROPE_TYPES[rope.rope_type](rope, model.head_dim, position_BT.device)
-    angles = position_BT[..., None].float() * frequencies
+    angles = position_BT[:, None, :, None].float() * frequencies
     scale = rotary_scale(model)
     if scale == 1.0:
         return angles.cos(), angles.sin()

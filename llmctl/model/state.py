@@ -21,6 +21,9 @@ class State(Protocol):
     def rows(self) -> int:
         """How many rows it remembers."""
 
+    def reserve(self, length: int, most: int) -> None:
+        """Make room for `length` tokens at once, and for as many again but no more than `most` in all."""
+
     def cut(self, length: int) -> int:
         """Forget all but the first `length` tokens; returns how many are left, which may be fewer."""
 
@@ -64,6 +67,11 @@ class TokenState:
         self.length = end
         return tuple(part[:, :, :end] for part in self.parts)
 
+    def reserve(self, length: int, most: int) -> None:
+        capacity = self.parts[0].shape[2]
+        if length > capacity:
+            self._grow(max(length, min(2 * capacity, most)))
+
     def cut(self, length: int) -> int:
         self.length = min(self.length, length)
         return self.length
@@ -102,6 +110,9 @@ class RecurrentState:
         """The tensors after `tokens` more tokens."""
         self.tensors = list(tensors)
         self.length += tokens
+
+    def reserve(self, length: int, most: int) -> None:
+        """Nothing: it is of the same size for every length."""
 
     def cut(self, length: int) -> int:
         if length < self.length:

@@ -134,9 +134,9 @@ class Watch:
 
     def turns(self) -> Tensor:
         """See `Trace.turns`."""
-        if self.ctx.rotary is None or self.ctx.rotary[0].shape[1] < 2:
+        if self.ctx.rotary is None or self.ctx.rotary[0].shape[2] < 2:
             return torch.empty(0)
-        cos, sin = (table[0, 1].float().cpu() for table in self.ctx.rotary)
+        cos, sin = (table[0, 0, 1].float().cpu() for table in self.ctx.rotary)
         return torch.atan2(sin, cos)
 
     def _watch_block(self, sight: Sight, block: nn.Module) -> None:

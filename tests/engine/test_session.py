@@ -113,5 +113,5 @@ def test_memory_grows_to_the_context_and_no_further(model: LlmctlForCausalLM) ->
     for length in (4, 6, 20, CONTEXT - 4):
         prompt = [(7 * place) % 60 for place in range(length)]
         assert list(session.generate(prompt, 4, likeliest)) == list(generate(model, prompt, 4, likeliest))
-        sizes.append(session._states[0].keys.shape[2])
+        sizes.append(session._states[0].parts[0].shape[2])
     assert sizes == [8, 16, 32, CONTEXT]
