@@ -19,7 +19,7 @@ from llmctl.kernels.quantized import Quantized
 from llmctl.locate import locate
 from llmctl.model.compressed import Scheme, layers_in, read_layer, scheme_in, stored
 from llmctl.model.config import LlmctlConfig
-from llmctl.model.families import FAMILIES, carried, config_in
+from llmctl.model.families import FAMILIES, carried, config_in, write_config
 from llmctl.model.families.row import Family
 from llmctl.model.hf import LlmctlForCausalLM, LlmctlPreTrainedModel
 from llmctl.model.init import initialize
@@ -159,14 +159,10 @@ def save_quantized(
         model: every other weight is written as it is.
         matrices: leaf name -> what is stored in its place, all of one scheme.
 
-    Raises UserError if the model's family has tensors of another form than ours, which cannot be packed.
+    Raises UserError as `refuse_reshaped`.
     """
-    fields, rules = model.disk_form()
-    if rules:
-        raise UserError(
-            f"{fields['model_type']}: quantized checkpoints of this architecture are not written",
-            "supported are those whose tensors have Llama's names",
-        )
+    refuse_reshaped(model.config)
+    fields, _ = model.disk_form()
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     gone = tied | {f"{name}.weight" for name in matrices}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in gone}
@@ -177,6 +173,16 @@ def save_quantized(
     write_json(folder / "config.json", fields | {"quantization_config": scheme.to_config(whole)})
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+
+
+def refuse_reshaped(config: LlmctlConfig) -> None:
+    """Raise UserError if a model is saved with tensors of another form than ours, which cannot be packed."""
+    name, _ = write_config(config)
+    if name in FAMILIES and FAMILIES[name].rules(config.spec):
+        raise UserError(
+            f"{name}: quantized checkpoints of this architecture are not written",
+            "`llmctl convert MODEL --family llmctl` writes it with tensors of Llama's names, which can be",
+        )
 
 
 def _empty(config: LlmctlConfig, kind: type[M]) -> M:

@@ -18,9 +18,9 @@ from llmctl.kernels.quantized import Quantized
 from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM, leaves
 from llmctl.model.adapters import is_adapter
-from llmctl.model.checkpoint import FILES, save_quantized
+from llmctl.model.checkpoint import FILES, refuse_reshaped, save_quantized
 from llmctl.model.compressed import Scheme, scheme_in
-from llmctl.model.open import open_folded, stored_dtype
+from llmctl.model.open import open_config, open_folded, stored_dtype
 from llmctl.quantize.absmax import absmax
 from llmctl.quantize.calibrate import quantize_blocks, refuse_not_finite
 from llmctl.quantize.gptq import Gptq
@@ -49,14 +49,15 @@ def run(recipe: QuantizeRecipe, talk: Talk) -> RunResult:
     """Quantize, write, read back and measure; the folder gets the model only if it is within the bounds.
 
     Raises:
-        UserError: MODEL cannot be opened, is quantized already, or has no layer that can be; no data, or
-            too little of it; activations that are not finite.
+        UserError: MODEL cannot be opened, is quantized already, is of a family that is not written so, or has
+            no layer that can be; no data, or too little of it; activations that are not finite.
         CheckFailed: the quantized model is further from the original than `compare.*` allows.
     """
     assert recipe.base is not None
     recipe = recipe.resolved()
     folder = locate(recipe.base, FILES)
     _refuse_quantized(folder)
+    refuse_reshaped(open_config(folder))
     out = Path(recipe.out) if recipe.out else default_out(STAGE)
     check_out(out, resumable=False)
     _refuse_no_data(recipe)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from llmctl.kernels.packing import pack_words, unpack_words
 from llmctl.model.checkpoint import load_model, new_model, save_model
 from llmctl.model.open import open_folded, open_model
+from llmctl.recipe.model import ModelSection
 from llmctl.runs import read_manifest
 from tests.program import Program
 from tests.stages.bad_input import Bad, Make, cases, check, file
@@ -220,6 +221,16 @@ def packed(here: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": about}))
 
 
+def like_gpt2(here: Path) -> None:
+    """`sharp` as a model of a family whose tensors have another form."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.15}
+    how = {"position": "learned", "norm": "layernorm", "ffn": "gelu_tanh"}
+    spec = ModelSection(
+        family="gpt2", vocab_size=VOCABULARY, attention_bias="all", mlp_bias=True, **sizes, **how
+    )
+    save_model(new_model(spec, 3, bos_token_id=1, eos_token_id=[2, 4]), here / "sharp")
+
+
 BAD = {
     "no MODEL": Bad(
         "quantize", "missing argument MODEL", "name a run folder, a Hugging Face folder or a hub id", code=2
@@ -293,6 +304,12 @@ BAD = {
         "quantize the model it was made from",
         packed,
     ),
+    "a family that is not written so": Bad(
+        "quantize sharp --calibration dat.jsonl --out out",  # told before anything else
+        "gpt2: quantized checkpoints of this architecture are not written",
+        "`llmctl convert MODEL --family llmctl` writes it with tensors of Llama's names, which can be",
+        like_gpt2,
+    ),
     "a weight that is not a number": Bad(
         f"quantize sharp {' '.join(TEXT)} --out out",
         "model.layers.1.mlp.up_proj: the weights are not finite",
@@ -344,6 +361,13 @@ BAD = {
 @cases(BAD)
 def test_bad_input_is_told_and_changes_nothing(bad: Bad, sharp: Path, llmctl: Program) -> None:
     check(bad, sharp, llmctl)
+
+
+def test_the_way_round_a_family_that_is_not_written(sharp: Path, llmctl: Program) -> None:
+    like_gpt2(sharp)
+    did(llmctl("convert", "sharp", "--family", "llmctl", "--out", "ours", "--json"))
+    found = did(llmctl("quantize", "ours", *TEXT, *QUICK, *LOOSE, "--out", "out", "--json"))["metrics"]
+    assert found["quantized"] == 12 and found["top1"] > 0.8
 
 
 def test_activations_that_are_not_finite_name_the_layer(sharp: Path, llmctl: Program) -> None:
