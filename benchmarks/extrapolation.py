@@ -10,6 +10,7 @@ trained: they are the model with plain rotary positions, its rotation stretched 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from llmctl.report import Series, curve_svg
 from llmctl.stages import evaluate, pretrain
 from llmctl.talk import SILENT
 
-TRAINED, LENGTHS, STEPS, FACTOR = variants.LENGTH, (256, 512, 1024, 2048), 1000, 8.0
+TRAINED, LENGTHS, STEPS, FACTOR = variants.LENGTH, (256, 512, 1024, 2048), 400, 8.0
 KINDS = ("rope", "learned", "sinusoidal", "alibi", "relative", "none")
 STRETCHED: dict[str, dict[str, Any]] = {
     "rope, NTK": {"rope_type": "ntk", "rope_theta": 10000.0, "factor": FACTOR},
@@ -121,12 +122,10 @@ def main() -> None:
         print(name, found[name], flush=True)
     print(table(found))
     if given.plot:
-        series = [
-            Series(name, [(float(n), value) for n, value in row.items()]) for name, row in found.items()
-        ]
-        Path(given.plot).write_text(
-            curve_svg("perplexity by tokens in a row", series) + "\n", encoding="utf-8"
-        )
+        # in nats, so that one kind that fails leaves room for the others
+        series = [Series(name, [(n, math.log(ppl)) for n, ppl in row.items()]) for name, row in found.items()]
+        drawn = curve_svg("nats per token by tokens in a row", series)
+        Path(given.plot).write_text(drawn + "\n", encoding="utf-8")
     report({"perplexity": found})
 
 

@@ -12,7 +12,11 @@ WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 14, 40
 TICKS = 5
 # dark enough on white, and told apart without colour vision by dash as well
-STROKES = (("#1f5fa8", ""), ("#b3470e", "7 4"), ("#2f7d4f", "2 3"))
+STROKES = (
+    ("#1f5fa8", ""), ("#b3470e", "7 4"), ("#2f7d4f", "2 3"), ("#7a3fa0", "12 4"),
+    ("#8a6d00", "9 3 2 3"), ("#00758a", "4 2"), ("#a3194d", "1 3"), ("#444444", "14 3 3 3"),
+)  # fmt: skip
+NAMED, LINE = 5, 16  # names in a row below the chart, and its height
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b;
@@ -38,12 +42,14 @@ def series_of(rows: Iterable[dict[str, Any]], key: str, name: str) -> Series:
 
 
 def curve_svg(title: str, series: list[Series]) -> str:
-    """A line chart over steps as one SVG element; empty if no series has a point."""
+    """A line chart over steps, or whatever is counted, as one SVG element; empty if no series has a point."""
     drawn = [line for line in series if line.points]
     if not drawn:
         return ""
     points = [point for line in drawn for point in line.points]
     steps, values = [p[0] for p in points], [p[1] for p in points]
+    rows = -(-len(drawn) // NAMED)
+    whole = HEIGHT + LINE * (rows - 1)
     right, (low, high, gap) = max(*steps, 1), _scale(min(values), max(values))
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
@@ -51,9 +57,9 @@ def curve_svg(title: str, series: list[Series]) -> str:
         return x, TOP + (HEIGHT - TOP - BOTTOM) * (high - point[1]) / (high - low)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {whole}" role="img" '
         f'aria-label="{html.escape(title)}" font-family="system-ui, sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+        f'<rect width="{WIDTH}" height="{whole}" fill="#fff"/>',
     ]
     for number in range(round((high - low) / gap) + 1):
         value = low + number * gap
@@ -75,9 +81,9 @@ def curve_svg(title: str, series: list[Series]) -> str:
         if len(line.points) == 1:
             x, y = place(line.points[0])
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
-        x = LEFT + 130 * index
-        parts.append(f'<line x1="{x}" x2="{x + 24}" y1="{HEIGHT - 8}" y2="{HEIGHT - 8}" {stroke}/>')
-        parts.append(f'<text x="{x + 30}" y="{HEIGHT - 4}" fill="#444">{html.escape(line.name)}</text>')
+        x, y = LEFT + 130 * (index % NAMED), HEIGHT + LINE * (index // NAMED)
+        parts.append(f'<line x1="{x}" x2="{x + 24}" y1="{y - 8}" y2="{y - 8}" {stroke}/>')
+        parts.append(f'<text x="{x + 30}" y="{y - 4}" fill="#444">{html.escape(line.name)}</text>')
     return "\n".join([*parts, "</svg>"])
 
 
