@@ -121,7 +121,7 @@ def test_what_we_save_opens_in_transformers(pair, tmp_path):
     assert config["architectures"] == reference.config.architectures or config["architectures"] == [
         type(reference).__name__
     ]
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     assert type(opened) is type(reference)
     x = ids(2, LENGTH)
     assert largest(opened(x).logits, ours(x).logits) <= BOUND

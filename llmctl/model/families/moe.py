@@ -18,7 +18,10 @@ _TRAINING = ("router_z_loss_coef", "bias_update_rate")
 
 def read_router_losses(config: PreTrainedConfig) -> dict[str, Any]:
     """The weights of the routers' losses; transformers adds the first only where `output_router_logits` is set."""
-    balance = getattr(config, "router_aux_loss_coef", 0.0) if config.output_router_logits else 0.0
+    balances = getattr(
+        config, "output_router_logits", False
+    )  # DeepSeek's config has neither in every version
+    balance = getattr(config, "router_aux_loss_coef", 0.0) if balances else 0.0
     more = {name: getattr(config, name) for name in _TRAINING if getattr(config, name, None) is not None}
     return {"router_aux_loss_coef": float(balance)} | more
 
