@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def test_every_dependency_has_one_tested_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = [Requirement(r) for r in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    # a CUDA build of torch requires one version of it, which another would keep from being installed
+    needed = [need for need in needed if need.name != "triton"]
     tested = doctor.tested_versions()
     assert tested.keys() == {need.name.lower() for need in needed}
     for need in needed:
