@@ -45,6 +45,10 @@ def guard(action: Callable[[], object], args: list[str], command: str) -> int:
     except BrokenPipeError:
         return _reader_left()
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _show_traceback()
+            report(UserError(f"{str(error.filename)[:40]}…: no file can have so long a name", "name another"))
+            return EXIT_USER_ERROR
         if error.errno != errno.ENOSPC or error.filename is not None:
             return _bug(error)
         # what stages write is told by files.py; this was stdout

@@ -69,7 +69,13 @@ def explain(
         refuse(("--html", "--layer", "--full"), (html, layer, full), "--json prints everything")
     if html is not None:
         refuse(("--full",), (full,), "a page shows every layer")
+        if not html:
+            raise UsageError("--html is empty", "name a file")
     check_words(text, device)
+    if _names_recipe(model) and not Path(model).is_file():
+        raise UserError(
+            f"{model}: a recipe, which has no weights", "train it first; --size says what it will cost"
+        )
     show_walk(model, text, device, layer, full, html, as_json)
 
 

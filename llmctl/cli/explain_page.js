@@ -198,7 +198,8 @@ const strong = (text) => make("b", {}, "“" + visible(text) + "”");
 function showTokens() {
   const { architecture: a, ...model } = walk.model;
   const heads = [undefined, a.num_attention_heads].includes(a.num_key_value_heads) ? `${a.num_attention_heads} heads` : `${a.num_attention_heads} query heads, ${a.num_key_value_heads} of keys and values`;
-  put("model", make("code", {}, model.path), `: ${count(model.parameters)} parameters, ${model.dtype}, ${bytes(model.bytes)}; ${walk.layers.length} layers, ${heads}, width ${count(a.hidden_size)}`);
+  const attends = walk.layers.some((layer) => layer.pattern !== "mamba2");
+  put("model", make("code", {}, model.path), `: ${count(model.parameters)} parameters, ${model.dtype}, ${bytes(model.bytes)}; ${walk.layers.length} layers, ${attends ? heads + ", " : ""}width ${count(a.hidden_size)}`);
   put("tokens-said", `The tokenizer cuts the text into ${count(tokens.length)} pieces, of at most ${count(a.max_position_embeddings)}, and gives each its id.`);
   put("chips", ...walk.tokens.map((token) => make("li", {}, make("b", {}, short(token.text)), make("small", {}, String(token.id)))));
 }

@@ -45,6 +45,8 @@ def check_page(path: Path) -> None:
             tempfile.TemporaryFile(dir=path.parent).close()
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{path}: a file stands where a folder belongs", ELSEWHERE) from None
+    except OSError as error:  # /proc, a name that is too long
+        raise UserError(f"{path}: cannot be written ({error.strerror})", ELSEWHERE) from None
 
 
 def write_page(walk: Walk, path: Path, layer: int) -> None:

@@ -70,9 +70,10 @@ def _head(walk: Walk) -> list[str]:
     heads = f"{spec.num_attention_heads} heads"
     if spec.num_key_value_heads not in (None, spec.num_attention_heads):
         heads = f"{spec.num_attention_heads} query heads, {spec.num_key_value_heads} of keys and values"
+    told = [heads] if any(layer.pattern != "mamba2" for layer in found.layers) else []
     return [
         f"{walk.where}: {found.parameters:,} parameters, {found.dtype}, {size(found.bytes)}",
-        f"{len(found.layers)} layers, {heads}, width {spec.hidden_size:,}",
+        ", ".join([f"{len(found.layers)} layers", *told, f"width {spec.hidden_size:,}"]),
     ]
 
 

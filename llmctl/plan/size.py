@@ -174,10 +174,14 @@ def cache_bytes_of_layer(model: ModelSection, layer: int, tokens: int, bytes_per
         window = (inner + 2 * model.ssm.n_groups * model.ssm.state_size) * (model.ssm.conv_kernel - 1)
         # whatever the number of tokens; what is carried on is kept in float32 at least
         return inner * model.ssm.state_size * max(4, bytes_per_value) + window * bytes_per_value
-    # where buckets are by content, those of each token too, as integers of 32 bits
-    rounds = {"routing": 1, "lsh": model.lsh.num_hashes if model.lsh is not None else 0}.get(kind, 0)
-    buckets = rounds * model.num_attention_heads * 4
+    buckets = cached_buckets(model, kind) * 4  # integers of 32 bits
     return (sum(cached_values(model, kind)) * bytes_per_value + buckets) * tokens
+
+
+def cached_buckets(model: ModelSection, kind: str) -> int:
+    """Numbers of buckets that a layer keeps of each token, where those are by content."""
+    rounds = {"routing": 1, "lsh": model.lsh.num_hashes if model.lsh is not None else 0}.get(kind, 0)
+    return rounds * model.num_attention_heads
 
 
 def cached_values(model: ModelSection, kind: str) -> tuple[int, ...]:

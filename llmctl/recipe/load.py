@@ -130,9 +130,11 @@ def _explain(kind: type[BaseModel], found: ErrorDetails, source: str, given: set
     path = [str(part) for part in found["loc"]]
     section, path = _walk(kind, path)
     key = ".".join(path)
-    if key in given:
+    if any(key == word or key.startswith(f"{word}.") for word in given):
         source = "command line"
-    message, hint = _said(found, section, path[-1] if path else "")
+    elif source != "command line" and any(word.startswith(f"{key}.") for word in given):
+        source = f"{source} and command line"
+    message, hint = _said(found, section, path, [_tag(option) for option in _options(kind, path)])
     if hint is None:
         field = ".".join(part for part in path if not part.isdigit())
         stage = kind.model_fields["stage"].default
@@ -140,18 +142,31 @@ def _explain(kind: type[BaseModel], found: ErrorDetails, source: str, given: set
     return UserError(f"{source}: {key}: {message}" if key else f"{source}: {message}", hint)
 
 
-def _said(found: ErrorDetails, section: type[BaseModel] | None, name: str) -> tuple[str, str | None]:
-    """What pydantic found, in our words, and what to do about it where that is plain."""
+def _said(
+    found: ErrorDetails, section: type[BaseModel] | None, path: list[str], kinds: list[str]
+) -> tuple[str, str | None]:
+    """What pydantic found, in our words, and what to do about it where that is plain.
+
+    Args:
+        section: the one that owns the last key of `path`.
+        kinds: the sections that may stand at `path`, if it is a choice of them.
+    """
     kind_of, value = found["type"], found["input"]
     if kind_of == "extra_forbidden":
         known = list(section.model_fields) if section else []
-        close = nearest(name, known)
+        below = _below(section, path[-1])
+        if below is not None:
+            return "unknown key", f"did you mean `{'.'.join([*path[:-1], below])}`?"
+        close = nearest(path[-1], known)
         return "unknown key", f"did you mean `{close}`?" if close else f"known keys here: {', '.join(known)}"
     if kind_of in ("literal_error", "union_tag_invalid"):
         choices = [str(c) for c in _choices(found)]
         word = value if kind_of == "literal_error" else found["ctx"]["tag"]
         close = nearest(str(word), choices)
         return f"`{word}` is not one of {one_of(choices)}", f"did you mean `{close}`?" if close else None
+    if kind_of == "union_tag_not_found":
+        tag = found["ctx"]["discriminator"].strip("'")
+        return f"{tag} is unset", f"set {'.'.join([*path, tag])} to one of {one_of(kinds)}"
     if kind_of == "missing":
         return "this key is required", None
     if kind_of in ("model_type", "model_attributes_type"):
@@ -163,6 +178,15 @@ def _said(found: ErrorDetails, section: type[BaseModel] | None, name: str) -> tu
         return "should not be empty", None
     message = found["msg"].replace("Input should", "should")
     return f"{message[0].lower()}{message[1:]}, not {_shown(value)}", _mend(kind_of, value)
+
+
+def _below(section: type[BaseModel] | None, name: str) -> str | None:
+    """Where a key that `section` does not know stands in a section inside it: `routing.num_clusters`."""
+    for field, about in section.model_fields.items() if section else ():
+        for part in _unwrapped(about.annotation):
+            if isinstance(part, type) and issubclass(part, BaseModel) and name in part.model_fields:
+                return f"{field}.{name}"
+    return None
 
 
 def _mend(kind_of: str, value: Any) -> str | None:

@@ -32,6 +32,7 @@ Ffn = Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu", "relu2", "none"]
 AttentionBias = Literal["none", "qkv", "all"]
 
 GATED = ("swiglu", "geglu")
+MOST_LAYERS = 10_000  # a config with more is damaged, and lists a layer would fill the memory
 
 
 def _known_layer(entry: str) -> str:
@@ -63,8 +64,8 @@ class ModelSection(Section):
     type_vocab_size: int = about("model.type_vocab_size", 0, ge=0)
     hidden_size: int = about("model.hidden_size", 256, gt=0)
     intermediate_size: int | None = about("model.intermediate_size", None, gt=0)
-    num_hidden_layers: int = about("model.num_hidden_layers", 4, gt=0)
-    num_decoder_layers: int | None = about("model.num_decoder_layers", None, gt=0)
+    num_hidden_layers: int = about("model.num_hidden_layers", 4, gt=0, le=MOST_LAYERS)
+    num_decoder_layers: int | None = about("model.num_decoder_layers", None, gt=0, le=MOST_LAYERS)
     num_attention_heads: int = about("model.num_attention_heads", 4, gt=0)
     num_key_value_heads: int | None = about("model.num_key_value_heads", None, gt=0)
     head_dim: int | None = about("model.head_dim", None, gt=0)

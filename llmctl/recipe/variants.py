@@ -39,10 +39,10 @@ class Axis:
 
 
 def find_axis(name: str) -> Axis:
-    """The axis of that name. Raises UserError with the nearest one."""
+    """The axis of that name. Raises UserError with the nearest one, or the one that a variant belongs to."""
     if name in AXES:
         return AXES[name]
-    close = nearest(name, list(AXES))
+    close = nearest(name, list(AXES)) or next((axis for axis in AXES if name in AXES[axis].variants), None)
     raise UserError(
         f"{name}: not one of {one_of(list(AXES))}",
         f"did you mean `{close}`?" if close else "`llmctl recipe variants` prints all",

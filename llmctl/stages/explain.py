@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -95,6 +96,7 @@ def run(where: str, text: str, device: str, talk: Talk, layer: int | None = None
         talk.say("float16 weights are computed with as float32 on a CPU")
         model = model.float()
     found = trace(model, ids, GUESSES)
+    _refuse_overflow(found, where)
     likeliest = found.logits.topk(min(GUESSES, len(found.logits))).indices.tolist()
     shown = {*ids, *likeliest}
     for guess in [found.lens, *(layer.guess for layer in found.layers)]:
@@ -104,6 +106,20 @@ def run(where: str, text: str, device: str, talk: Talk, layer: int | None = None
     shares = found.logits.double().softmax(-1)
     candidates = [Candidate(i, texts[i], float(found.logits[i]), float(shares[i])) for i in likeliest]
     return Walk(where, found, texts, candidates)
+
+
+def _refuse_overflow(found: Trace, where: str) -> None:
+    """Raise UserError, naming the first step that gives NaN or infinity: there would be nothing to show after it."""
+    named = [("embedding", found.embedding)]
+    named += [(f"layer {layer.index}", step) for layer in found.layers for step in layer.steps]
+    named += [("end", step) for step in found.closing]
+    for place, step in named:
+        if step.rms is not None and not math.isfinite(step.rms):
+            told = step.what if place == step.what else f"{place}, {step.what}"
+            raise UserError(
+                f"{where}: {told}: gives numbers that are not finite",
+                "the weights are damaged, or training has diverged; an earlier checkpoint may be whole",
+            )
 
 
 def _refuse_layer(layer: int | None, layers: int) -> None:

@@ -9,6 +9,7 @@ from llmctl.errors import UserError
 from llmctl.plan.size import (
     active_parameters,
     cache_bytes_of_layer,
+    cached_buckets,
     cached_values,
     flops_per_token,
     kv_cache_bytes,
@@ -68,11 +69,16 @@ def _kept_by(spec: ModelSection, layer: int, tokens: int, bytes_per_value: int) 
         state = cache_bytes_of_layer(spec, layer, tokens, bytes_per_value)
         return f"{state:,} bytes of a state, however many the tokens"
     first, second = cached_values(spec, kind)
-    if first != second:
+    width = spec.head_dim or 1
+    if spec.mla is not None and kind not in ("routing", "lsh"):
         kept = f"({first:,} of a latent + {second:,} of a rotary key)"
+    elif first != second:
+        kept = f"({first:,} of keys + {second:,} of values)"
     else:
-        width = spec.head_dim or 1
         kept = f"2 (keys and values) × {first // width} heads × {width} channels"
+    buckets = cached_buckets(spec, kind)
+    if buckets:
+        return f"({kept} × {bytes_per_value} bytes + {buckets:,} buckets × 4 bytes) × {tokens:,} tokens"
     return f"{kept} × {tokens:,} tokens × {bytes_per_value} bytes"
 
 

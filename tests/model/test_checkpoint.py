@@ -53,6 +53,14 @@ def edit(change):
     return apply
 
 
+def configure(**fields):
+    def apply(folder: Path) -> None:
+        found = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(found | fields))
+
+    return apply
+
+
 def truncate(folder: Path) -> None:
     raw = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(raw[: len(raw) // 2])
@@ -144,6 +152,16 @@ DAMAGE = {
     "config is a list": (
         lambda m: (m / "config.json").write_text("[]"),
         "{m}/config.json: not a JSON object",
+        "copy or download the model again",
+    ),
+    "config that our check refuses": (
+        configure(num_hidden_layers=10**9),
+        "{m}/config.json: num_hidden_layers: should be less than or equal to 10000",
+        "copy or download the model again",
+    ),
+    "config that does not fit together": (
+        configure(num_key_value_heads=3),
+        "{m}/config.json: num_attention_heads (",
         "copy or download the model again",
     ),
 }

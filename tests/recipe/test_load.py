@@ -224,6 +224,30 @@ WRONG_WORDS: list[tuple[dict[str, Any], list[str], str, str]] = [
         EXPLAINS + "every field",
     ),
     (
+        {},
+        ["model.num_clusters=8"],
+        "command line: model.num_clusters: unknown key",
+        "did you mean `model.routing.num_clusters`?",
+    ),
+    (
+        {},
+        ["max_steps=8"],
+        "command line: max_steps: unknown key",
+        "did you mean `train.max_steps`?",
+    ),
+    (
+        {},
+        ["model.experts.num_experts=4"],
+        "command line: model.experts: kind is unset",
+        "set model.experts.kind to one of `sparse`, `dense`, `soft`, `slots`, `expert_choice`",
+    ),
+    (
+        {},
+        ["model.num_hidden_layers=10001"],
+        "command line: model.num_hidden_layers: should be less than or equal to 10000, not 10001",
+        EXPLAINS + "model.num_hidden_layers",
+    ),
+    (
         {"train.seed": -1},
         [],
         "command line: train.seed: should be greater than or equal to 0, not -1",
@@ -246,6 +270,22 @@ def test_blame_falls_on_where_the_value_came_from(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"train\.seed: should be") as caught:
             load_recipe(PretrainRecipe, str(path), {}, words)
         assert caught.value.message.startswith(f"{source}: ")
+
+
+@pytest.mark.parametrize(
+    ("word", "blamed"),
+    [
+        ("model.pattern=[slidding]", "command line: model.pattern.0: `slidding`"),
+        ("model.pattern=[sliding]", "{file} and command line: model: pattern has `sliding` layers"),
+        ("train.seed=2", "{file}: model: sliding_window is set but no layer"),
+    ],
+)
+def test_blame_for_what_does_not_go_together(word: str, blamed: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {sliding_window: 4}" if "train" in word else "")
+    with pytest.raises(UserError) as caught:
+        load_recipe(PretrainRecipe, str(path), {}, [word])
+    assert caught.value.message.startswith(blamed.format(file=path))
 
 
 def test_words_win_over_flags_and_flags_over_the_file(tmp_path: Path) -> None:

@@ -231,7 +231,12 @@ def test_docstrings_of_the_model_name_the_same_papers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("mixr", "did you mean `mixer`?"), ("xyz", "`llmctl recipe variants` prints all")]
+    ("name", "hint"),
+    [
+        ("mixr", "did you mean `mixer`?"),
+        ("lsh", "did you mean `mixer`?"),
+        ("xyz", "`llmctl recipe variants` prints all"),
+    ],
 )
 def test_unknown_axis(name: str, hint: str) -> None:
     with pytest.raises(UserError) as caught:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.program import Program
-from tests.stages.bad_input import Bad, cases, check, file, folder, told
+from tests.stages.bad_input import WEIGHTS, Bad, cases, check, file, folder, told
 
 EXAMPLE = 'llmctl explain MODEL "Once upon a time"'
 
@@ -72,6 +73,20 @@ WORDS = {
         "name the folder it lies in",
         file("x.yaml", "stage: pretrain\n"),
     ),
+    "a shipped recipe has no weights": Bad(
+        "explain pretrain-5m Ada",
+        "pretrain-5m: a recipe, which has no weights",
+        "train it first; --size says what it will cost",
+    ),
+    "a page without a name": Bad("explain base Ada --html=", "--html is empty", "name a file", code=2),
+    "a page with too long a name": Bad(
+        f"explain base Ada --html {'x' * 300}",
+        f"{'x' * 40}…: no file can have so long a name",
+        "name another",
+    ),
+    "a model with too long a name": Bad(
+        f"explain {'x' * 300} Ada", f"{'x' * 40}…: no file can have so long a name", "name another"
+    ),
     "no device": Bad(
         "explain base Ada --device tpu",
         "--device: `tpu` is not one of `auto`, `cpu`, `cuda`, `mps`",
@@ -134,6 +149,27 @@ def test_words(bad: Bad, stocked: Path, llmctl: Program) -> None:
 @cases(SIZES)
 def test_size(bad: Bad, stocked: Path, llmctl: Program) -> None:
     check(bad, stocked, llmctl)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.embed_tokens.weight", "embedding"),
+        ("model.layers.1.mlp.up_proj.weight", "layer 1, widen"),
+        ("model.norm.weight", "end, norm"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--json", "--full", "--html=x.html"])
+def test_numbers_that_are_not_finite(
+    name: str, place: str, flag: str, stocked: Path, llmctl: Program
+) -> None:
+    weights = load_file(stocked / "base" / WEIGHTS)
+    weights[name][:] = float("nan")
+    save_file(weights, stocked / "base" / WEIGHTS, metadata={"format": "pt"})
+    error = f"base: {place}: gives numbers that are not finite"
+    hint = "the weights are damaged, or training has diverged; an earlier checkpoint may be whole"
+    told(llmctl("explain", "base", "Ada", flag), Bad("", error, hint))
+    assert not (stocked / "x.html").exists()
 
 
 @pytest.mark.parametrize(

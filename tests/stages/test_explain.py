@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -28,6 +29,16 @@ TEXT = "Ada of <script>alert(1)</script>\n"
 @pytest.fixture(scope="module")
 def walk(base: Path) -> Walk:
     return explain.run(str(base), TEXT, "cpu", SILENT)
+
+
+def test_state_space_layers_have_no_heads_of_attention(walk: Walk) -> None:
+    def second_line(pattern: str) -> str:
+        layers = [dataclasses.replace(layer, pattern=pattern) for layer in walk.trace.layers]
+        changed = dataclasses.replace(walk.trace, layers=layers)
+        return walk_lines(dataclasses.replace(walk, trace=changed), 300)[1]
+
+    assert second_line("full") == "2 layers, 2 heads, width 16"
+    assert second_line("mamba2") == "2 layers, width 16"
 
 
 def test_tokens_and_next(walk: Walk, base: Path) -> None:

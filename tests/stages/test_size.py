@@ -18,6 +18,8 @@ MLA = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head
 KINDS: dict[str, dict[str, Any]] = {
     "gqa": {"num_key_value_heads": 2},
     "mixed": {"pattern": ["full", "sliding"], "sliding_window": 6},
+    "routing": {"pattern": ["routing", "full"], "routing": {}},
+    "lsh": {"pattern": ["lsh"], "lsh": {}, "num_key_value_heads": 2},
     "mla": {"attention": "mla", "mla": MLA},
     "mamba2": {"pattern": ["mamba2", "mamba2", "full"], "num_hidden_layers": 6, "ssm": {}},
 }

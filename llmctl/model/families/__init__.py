@@ -94,7 +94,9 @@ def _reason(error: Exception) -> str:
     """The line of an error that names the field, as our messages are written."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg'].replace('Input should', 'should')}"
+        place = "".join(f"{part}." for part in first["loc"])[:-1]
+        said = first["msg"].replace("Input should", "should").removeprefix("Value error, ")
+        return f"{place}: {said}" if place else said
     said = str(error.args[0] if error.args else error).strip().splitlines()[-1].strip()
     said = said.removeprefix("TypeError: ").removeprefix("ValueError: ").rstrip(".")
     return said[:1].lower() + said[1:]
