@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pydoc
 import shutil
 import sys
@@ -129,8 +130,10 @@ def show_walk(
 
 
 def show_paged(lines: list[str]) -> None:
-    """Print lines; on a terminal too low for them, through $PAGER or less."""
-    if sys.stdout.isatty() and len(lines) >= shutil.get_terminal_size().lines:
+    """Print lines; on a terminal too low for them, through $PAGER or less. A $PAGER that is not there is passed over."""
+    named = (os.environ.get("MANPAGER") or os.environ.get("PAGER") or "").split()  # as pydoc looks for one
+    missing = bool(named) and shutil.which(named[0]) is None
+    if not missing and sys.stdout.isatty() and len(lines) >= shutil.get_terminal_size().lines:
         pydoc.pager("\n".join(lines) + "\n")
     else:
         print("\n".join(lines))

@@ -42,7 +42,11 @@ def check_page(path: Path) -> None:
     try:
         with disk_errors(path, ELSEWHERE):
             path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path.parent).close()
+            try:
+                tempfile.TemporaryFile(dir=path.parent).close()
+            except PermissionError as error:
+                error.filename = str(path)  # and not that of the temporary one
+                raise
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{path}: a file stands where a folder belongs", ELSEWHERE) from None
     except OSError as error:  # /proc, a name that is too long

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import errno
 import json
+import pydoc
 import re
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from llmctl.cli.explain_page import packed, page_html
+from llmctl.cli.explain import show_paged
+from llmctl.cli.explain_page import check_page, packed, page_html
 from llmctl.cli.explain_text import NARROWEST, percent, quoted, walk_lines
 from llmctl.cli.output import cell_width
 from llmctl.errors import UserError
@@ -142,6 +147,30 @@ def test_command(stocked: Path, llmctl: Program) -> None:
         "error: notes.html: exists, and is no page of `llmctl explain`",
         "hint: name another file with --html",
     ]
+
+
+@pytest.mark.parametrize(("pager", "through"), [("no-such-pager -R", False), ("cat", True), ("", True)])
+def test_a_pager_that_is_not_there_loses_nothing(
+    pager: str, through: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paged: list[str] = []
+    monkeypatch.setenv("PAGER", pager)
+    monkeypatch.delenv("MANPAGER", raising=False)
+    monkeypatch.setattr(pydoc, "pager", paged.append)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show_paged(["line"] * 500)
+    assert paged == (["line\n" * 500] if through else [])
+    assert capsys.readouterr().out == ("" if through else "line\n" * 500)
+
+
+def test_a_page_where_nothing_may_be_written(stocked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "tmpabc")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(UserError) as caught:
+        check_page(Path("x.html"))
+    assert caught.value.message == "x.html: no permission to write"
 
 
 def test_an_encoder_has_no_next_token(stocked: Path) -> None:
