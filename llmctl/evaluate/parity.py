@@ -94,6 +94,6 @@ def _hidden(model: LlmctlForCausalLM, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _log_probabilities(models: tuple[LlmctlForCausalLM, ...], hidden: list[Tensor]) -> list[Tensor]:
-    logits = [model.lm_head(h).float() for model, h in zip(models, hidden, strict=True)]
+    logits = [model.head(h).float() for model, h in zip(models, hidden, strict=True)]
     shared = min(each.shape[-1] for each in logits)
     return [F.log_softmax(each[:, :shared], dim=-1) for each in logits]

@@ -20,9 +20,17 @@ FLOAT = Compute(torch.device("cpu"), torch.float32)
 EOS = 2
 
 
-def test_packed_scores_equal_transformers_one_document_at_a_time(tmp_path):
+# what stands between the head's matrix and the logits counts too
+HEADS = {"plain": {}, "scaled": {"logits_scaling": 0.25}, "capped": {"final_logit_softcapping": 0.05}}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_packed_scores_equal_transformers_one_document_at_a_time(head, tmp_path):
     model = new_model(
-        ModelSection(vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2), 0
+        ModelSection(
+            vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, **HEADS[head]
+        ),
+        0,
     ).eval()
     save_model(model, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
