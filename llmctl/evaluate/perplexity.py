@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from llmctl.kernels.cross_entropy import IGNORE, linear_cross_entropy, slice_tokens
+from llmctl.kernels.cross_entropy import IGNORE
 from llmctl.kernels.device import Compute
 from llmctl.model import LlmctlForCausalLM
 
@@ -74,20 +73,5 @@ def score(
             flat = hidden[:, :-1].flatten(0, 1)
             for index, part in enumerate((is_special, ~is_special)):
                 kept = labels.masked_fill(~part, IGNORE)
-                nats[index] += _nats(model, flat, kept).cpu().double()
+                nats[index] += model.nats(flat, kept).cpu().double()
     return Score(float(nats.sum()), float(nats[1]), tokens, text_bytes)
-
-
-def _nats(model: LlmctlForCausalLM, hidden_NE: Tensor, labels_N: Tensor) -> Tensor:
-    """Summed negative log-likelihood of the labels that are none of them -100, by the model's whole head."""
-    spec = model.model.spec
-    if spec.final_logit_softcapping is None:
-        return linear_cross_entropy(hidden_NE / spec.logits_scaling, model.lm_head.weight, labels_N)
-    # a cap bends every logit, so the head's matrix alone does not say them
-    kept = (labels_N != IGNORE).nonzero().squeeze(1)
-    size = slice_tokens(hidden_NE.device.type)
-    parts = (
-        F.cross_entropy(model.head(hidden_NE[at]).float(), labels_N[at], reduction="sum")
-        for at in kept.split(size)
-    )
-    return sum(parts, torch.zeros((), device=hidden_NE.device))

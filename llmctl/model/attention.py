@@ -32,13 +32,7 @@ class GroupedQueryAttention(Joinable):
         self.layer, self.head_dim, self.kv_heads = layer, model.head_dim, model.num_key_value_heads
         self.pattern = pattern_of(model, layer)
         self.scores, self.dropout = score_settings(model), model.attention_dropout
-        width = model.hidden_size
-        inner, kv_inner = model.num_attention_heads * model.head_dim, self.kv_heads * model.head_dim
-        qkv_bias, out_bias = model.attention_bias != "none", model.attention_bias == "all"
-        self.q_proj = nn.Linear(width, inner, bias=qkv_bias)
-        self.k_proj = nn.Linear(width, kv_inner, bias=qkv_bias)
-        self.v_proj = nn.Linear(width, kv_inner, bias=qkv_bias)
-        self.o_proj = nn.Linear(inner, width, bias=out_bias)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = grouped_projections(model)
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
         if model.qk_norm:
@@ -75,13 +69,7 @@ class CrossAttention(nn.Module):
         assert model.head_dim is not None and model.num_key_value_heads is not None
         self.layer, self.head_dim, self.kv_heads = layer, model.head_dim, model.num_key_value_heads
         self.scores, self.dropout = score_settings(model), model.attention_dropout
-        width = model.hidden_size
-        inner, kv_inner = model.num_attention_heads * model.head_dim, self.kv_heads * model.head_dim
-        qkv_bias, out_bias = model.attention_bias != "none", model.attention_bias == "all"
-        self.q_proj = nn.Linear(width, inner, bias=qkv_bias)
-        self.k_proj = nn.Linear(width, kv_inner, bias=qkv_bias)
-        self.v_proj = nn.Linear(width, kv_inner, bias=qkv_bias)
-        self.o_proj = nn.Linear(inner, width, bias=out_bias)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = grouped_projections(model)
 
     def forward(self, x_BTE: Tensor, ctx: Context, state: TokenState | None) -> Tensor:
         assert ctx.memory is not None, "cross-attention without a memory"
@@ -98,6 +86,19 @@ class CrossAttention(nn.Module):
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> TokenState:
         """Empty memory; the first pass fills it with the encoder's keys and values."""
         return TokenState(batch, ((self.kv_heads, self.head_dim),) * 2, 0, dtype, device)
+
+
+def grouped_projections(model: ModelSection) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+    """Queries, keys, values and output of attention with keys and values in groups."""
+    assert model.head_dim is not None and model.num_key_value_heads is not None
+    width, bias = model.hidden_size, model.attention_bias != "none"
+    inner, kv_inner = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    return (
+        nn.Linear(width, inner, bias=bias),
+        nn.Linear(width, kv_inner, bias=bias),
+        nn.Linear(width, kv_inner, bias=bias),
+        nn.Linear(inner, width, bias=model.attention_bias == "all"),
+    )
 
 
 def prepare_pattern(ctx: Context, layer: int, pattern: Pattern) -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmctl.kernels.buckets import Buckets, attend_buckets, attend_buckets_reference
-from llmctl.model.attention import note_attention, score_settings, split_heads, turned
+from llmctl.model.attention import grouped_projections, note_attention, score_settings, split_heads, turned
 from llmctl.model.context import Context
 from llmctl.model.joined import Joinable
 from llmctl.model.norms import NORMS
@@ -48,13 +48,8 @@ class RoutingAttention(Joinable):
             model.num_key_value_heads,
             model.head_dim,
         )
-        self.scale, width = score_settings(model).scale, model.hidden_size
-        inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        bias = model.attention_bias != "none"
-        self.q_proj = nn.Linear(width, inner, bias=bias)
-        self.k_proj = nn.Linear(width, kv_inner, bias=bias)
-        self.v_proj = nn.Linear(width, kv_inner, bias=bias)
-        self.o_proj = nn.Linear(inner, width, bias=model.attention_bias == "all")
+        self.scale = score_settings(model).scale
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = grouped_projections(model)
         self.q_norm = NORMS[model.norm](self.head_dim, model.norm_eps) if model.qk_norm else None
         self.k_norm = NORMS[model.norm](self.head_dim, model.norm_eps) if model.qk_norm else None
         self.centroids: Tensor

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -140,8 +141,7 @@ class Context:
                 return Visibility("open")
             if T == S:
                 return Visibility("causal")
-        # by positions, since documents need not begin at 0
-        if self.spans is not None and pattern.sees_all(1 + int(self.queries.position.max())):
+        if self.spans is not None and pattern.sees_all(1 + self._furthest):
             return Visibility("spans", spans=self.spans, causal=causal)
         layout = self._layout(pattern)
         if layout is not None:
@@ -174,6 +174,11 @@ class Context:
             pattern.anchors,
             draws.earlier_blocks(blocks) if draws is not None else None,
         )
+
+    @cached_property
+    def _furthest(self) -> int:
+        """The largest position of a query: documents need not begin at 0, so lengths do not say it."""
+        return int(self.queries.position.max())
 
     @property
     def _is_stored_in_order(self) -> bool:

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import (
 
 from llmctl.errors import UserError
 from llmctl.files import write_json
-from llmctl.kernels.cross_entropy import IGNORE, linear_cross_entropy
+from llmctl.kernels.cross_entropy import IGNORE, linear_cross_entropy, slice_tokens
 from llmctl.locate import locate
 from llmctl.model import families
 from llmctl.model.attention import GroupedQueryAttention
@@ -245,6 +245,24 @@ class LlmctlForCausalLM(LlmctlPreTrainedModel, GenerationMixin):
         cap = spec.final_logit_softcapping
         return logits if cap is None else (logits / cap).tanh() * cap
 
+    def nats(self, hidden_NE: Tensor, labels_N: Tensor) -> Tensor:
+        """Summed negative log-likelihood of the labels that are not -100, never holding all logits at once.
+
+        `hidden_NE` are final hidden states, `labels_N` the token each should predict.
+        """
+        if self._fuses:
+            head, rows = (self.lm_head.weight, None) if self.head_by_rows is None else self.head_by_rows()
+            scaling = self.model.spec.logits_scaling
+            hidden_NE = hidden_NE if scaling == 1.0 else hidden_NE / scaling
+            return linear_cross_entropy(hidden_NE, head, labels_N, rows)
+        # the head's matrix alone does not say the logits: they are bent, or made by more than it
+        kept = (labels_N != IGNORE).nonzero().squeeze(1)
+        total = torch.zeros((), device=hidden_NE.device)
+        for at in kept.split(slice_tokens(hidden_NE.device.type)):
+            logits = self.head(hidden_NE[at]).float()
+            total = total + F.cross_entropy(logits, labels_N[at], reduction="sum")
+        return total
+
     def forward(  # noqa: PLR0913  (the names transformers, PEFT and TRL pass)
         self,
         input_ids: Tensor | None = None,
@@ -279,7 +297,7 @@ class LlmctlForCausalLM(LlmctlPreTrainedModel, GenerationMixin):
         )
         hidden = out.last_hidden_state
         logits = None
-        if labels is None or not skip_logits or not self._fuses:
+        if labels is None or not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.head(hidden[:, kept])
         loss = None if labels is None else self._loss(out, logits, labels, num_items_in_batch)
@@ -311,11 +329,7 @@ class LlmctlForCausalLM(LlmctlPreTrainedModel, GenerationMixin):
         trained = (labels[:, 1:] != IGNORE).sum()
         if logits is None:
             shifted = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
-            head, rows = (self.lm_head.weight, None) if self.head_by_rows is None else self.head_by_rows()
-            hidden = out.last_hidden_state.flatten(0, 1)
-            scaling = self.model.spec.logits_scaling
-            hidden = hidden if scaling == 1.0 else hidden / scaling
-            loss = linear_cross_entropy(hidden, head, shifted.flatten(), rows)
+            loss = self.nats(out.last_hidden_state.flatten(0, 1), shifted.flatten())
         else:
             loss = F.cross_entropy(
                 logits[:, :-1].float().flatten(0, 1),

@@ -16,11 +16,25 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Rename:
-    """One tensor, another name; `transpose` for layers that store (in, out), such as GPT-2's Conv1D."""
+class _One:
+    """A rule from one tensor to one."""
 
     disk: str
     core: str
+
+    @property
+    def disk_names(self) -> tuple[str, ...]:
+        return (self.disk,)
+
+    @property
+    def core_names(self) -> tuple[str, ...]:
+        return (self.core,)
+
+
+@dataclass(frozen=True)
+class Rename(_One):
+    """One tensor, another name; `transpose` for layers that store (in, out), such as GPT-2's Conv1D."""
+
     transpose: bool = False
 
     def load(self, parts: list[Tensor]) -> list[Tensor]:
@@ -31,14 +45,6 @@ class Rename:
     @property
     def copies(self) -> bool:
         return self.transpose
-
-    @property
-    def disk_names(self) -> tuple[str, ...]:
-        return (self.disk,)
-
-    @property
-    def core_names(self) -> tuple[str, ...]:
-        return (self.core,)
 
 
 @dataclass(frozen=True)
@@ -102,15 +108,13 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Unpair:
+class Unpair(_One):
     """Rows that are turned by position, side by side on disk and half a head apart in the core.
 
     The tensor is made of heads of `head` rows. The last `rotary` rows of each are (x0, y0, x1, y1 …) on disk and
     (x0, x1 …, y0, y1 …) in the core; a pair (x, y) is turned by one angle.
     """
 
-    disk: str
-    core: str
     head: int
     rotary: int
 
@@ -129,14 +133,6 @@ class Unpair:
         head = torch.cat((torch.arange(plain), turned))
         starts = torch.arange(0, rows.shape[0], self.head)[:, None]
         return (starts + head).flatten().to(rows.device)
-
-    @property
-    def disk_names(self) -> tuple[str, ...]:
-        return (self.disk,)
-
-    @property
-    def core_names(self) -> tuple[str, ...]:
-        return (self.core,)
 
 
 # `copies`: whether what is loaded is new memory, and not a view of what is on disk

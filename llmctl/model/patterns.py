@@ -6,9 +6,9 @@ mask, the blocks of a local path, and the row of one decoding step.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,35 +16,36 @@ from torch import Tensor
 from llmctl.recipe.model import ModelSection
 
 
-class Pattern(Protocol):
-    """Hashable, so that layers with the same pattern share one mask."""
+class Pattern(ABC):
+    """Hashable, so that layers with the same pattern share one mask. A kind overrides what it is not like the others in."""
 
+    @abstractmethod
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         """True where the query's position may see the key's; arguments broadcast to [B, T, S]."""
 
     def sees_all(self, length: int) -> bool:
         """Whether the pattern hides nothing among positions 0 … length - 1 of one document."""
+        return self.reach is not None and length <= self.reach + 1
 
     @property
     def reach(self) -> int | None:
         """Largest distance at which a query sees a key, anchors and drawn blocks aside; None if there is none."""
+        return None
 
     @property
     def anchors(self) -> int:
         """How many first positions are seen by all and see all, whatever the distance."""
+        return 0
 
     @property
     def draws(self) -> Random | None:
         """The blocks it draws by chance, if it draws any."""
+        return None
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Pattern):
     """Every position (Vaswani et al. 2017, arXiv:1706.03762)."""
-
-    reach: int | None = None
-    anchors: int = 0
-    draws: Random | None = None
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         return torch.ones_like(query == key)
@@ -54,51 +55,33 @@ class Full:
 
 
 @dataclass(frozen=True)
-class Sliding:
-    """The last `window` positions, the query's own included (Mistral 7B, arXiv:2310.06825)."""
-
-    window: int
-    anchors: int = 0
-    draws: Random | None = None
-
-    def sees(self, query: Tensor, key: Tensor) -> Tensor:
-        return query - key < self.window
-
-    def sees_all(self, length: int) -> bool:
-        return length <= self.window
-
-    @property
-    def reach(self) -> int:
-        return self.window - 1
-
-
-@dataclass(frozen=True)
-class Band:
+class Band(Pattern):
     """Less than `window` positions to either side (Longformer, Beltagy et al. 2020, arXiv:2004.05150)."""
 
     window: int
-    anchors: int = 0
-    draws: Random | None = None
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         return (query - key).abs() < self.window
 
-    def sees_all(self, length: int) -> bool:
-        return length <= self.window
-
     @property
     def reach(self) -> int:
         return self.window - 1
 
 
 @dataclass(frozen=True)
-class Dilated:
+class Sliding(Band):
+    """The last `window` positions, the query's own included (Mistral 7B, arXiv:2310.06825)."""
+
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        return query - key < self.window
+
+
+@dataclass(frozen=True)
+class Dilated(Pattern):
     """Every `step`-th position, less than `window` steps to either side (Longformer, arXiv:2004.05150)."""
 
     window: int
     step: int
-    anchors: int = 0
-    draws: Random | None = None
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         apart = (query - key).abs()
@@ -113,12 +96,10 @@ class Dilated:
 
 
 @dataclass(frozen=True)
-class Global:
+class Global(Pattern):
     """The first `count` positions, which are seen by all and see all (Star-Transformer, arXiv:1902.09113; ETC, arXiv:2004.08483)."""
 
     count: int
-    reach: int = 0
-    draws: Random | None = None
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         # a token sees itself, or one of a document's middle would see nothing of its own
@@ -128,23 +109,22 @@ class Global:
         return length <= self.count
 
     @property
+    def reach(self) -> int:
+        return 0
+
+    @property
     def anchors(self) -> int:
         return self.count
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(Pattern):
     """The query's own block of `size` positions (Qiu et al. 2020, arXiv:1911.02972)."""
 
     size: int
-    anchors: int = 0
-    draws: Random | None = None
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         return query // self.size == key // self.size
-
-    def sees_all(self, length: int) -> bool:
-        return length <= self.size
 
     @property
     def reach(self) -> int:
@@ -152,7 +132,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Pattern):
     """`count` blocks of `size` positions, drawn for each block among those before it (BigBird, arXiv:2007.14062).
 
     What is drawn depends on the layer and the blocks alone, so it is the same for every length. A pair that is
@@ -162,7 +142,6 @@ class Random:
     count: int
     size: int
     layer: int
-    anchors: int = 0
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         later, earlier = torch.maximum(query, key) // self.size, torch.minimum(query, key) // self.size
@@ -180,9 +159,6 @@ class Random:
         here = torch.arange(blocks)
         return torch.stack([self.drawn(here, draw) for draw in range(self.count)], dim=1)
 
-    def sees_all(self, length: int) -> bool:
-        return length <= self.size
-
     @property
     def reach(self) -> int:
         return self.size - 1
@@ -193,7 +169,7 @@ class Random:
 
 
 @dataclass(frozen=True)
-class Union:
+class Union(Pattern):
     """What any of several patterns sees, as in Longformer, BigBird and ETC."""
 
     parts: tuple[Pattern, ...]
