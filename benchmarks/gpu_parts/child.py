@@ -1,0 +1,71 @@
+"""Runs one part: `python -m gpu_parts.child gpu_parts.device:run --rows FILE …`; `running.py` starts it.
+
+The last line of the file says how the part ended, unless the process was killed before that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import importlib
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+BEFORE_THE_END = 1.5  # seconds before the time limit at which the log is told where the part stands
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("target", help="MODULE:FUNCTION, which takes a Report")
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--tiny", action="store_true")
+    given = parser.parse_args()
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(max(0.1, given.seconds - BEFORE_THE_END))
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+    ended = run(given)
+    with given.rows.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"ended": ended}) + "\n")
+
+
+def run(given: argparse.Namespace) -> dict[str, str]:
+    """Run the part; returns its status and the reason where that is not ok."""
+    try:
+        import torch
+
+        from gpu_parts.report import Report
+    except ImportError as error:
+        return {"status": "skipped", "reason": f"{type(error).__name__}: {error}"}
+    from gpu_parts.report import describe, is_ours
+
+    if given.device == "cpu":
+        torch.set_num_threads(min(torch.get_num_threads(), 2))
+    module, _, function = given.target.partition(":")
+    report = Report(given.rows, torch.device(given.device), given.tiny, 0.9 * given.seconds)
+    try:
+        getattr(importlib.import_module(module), function)(report)
+    except ModuleNotFoundError as error:
+        kind = "failed" if is_ours(error) else "skipped"
+        return {"status": kind, "reason": f"no package {error.name}"}
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        return {"status": "failed", "reason": describe(error)}
+    return {"status": "ok"}
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process once whoever started it is gone: nothing may keep the GPU busy unseen."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
