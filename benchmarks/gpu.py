@@ -24,6 +24,7 @@ installed: run it from the repository as it is.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -38,14 +39,14 @@ from gpu_parts.running import Part, Result, Settings, failures, run_parts
 from gpu_parts.table import markdown
 
 BUDGET = 540.0
-TINY_LIMIT = 120.0  # seconds of a part in a dry run
+TINY_LIMIT = 300.0  # seconds of a part in a dry run
 # in order of what is wanted most; the limits add up to more than the budget, since most parts end well before theirs
 PARTS: dict[str, Part] = {
     "device": Part("gpu_parts.device:run", 40, title="what the device is, and its ceilings"),
     "core": Part("gpu_parts.core:run", 50, title="logits, gradients, packed rows, decoding"),
     "pretrain-124m": Part("gpu_parts.pretraining:run_124m", 130, title="pretraining, 124 M parameters"),
     "decoding": Part("gpu_parts.decoding:run", 80, title="decoding, 1 B parameters"),
-    "flash": Part("gpu_parts.flash:run", 60, title="the Triton attention kernels"),
+    "flash": Part("gpu_parts.flash:run", 90, title="the Triton attention kernels"),
     "kernels": Part("gpu_parts.kernels:run", 60, title="the other kernels against their references"),
     "patterns": Part("gpu_parts.patterns:run", 60, title="every variant of the model"),
     "compile": Part("gpu_parts.training:run_compiled", 70, title="compiled training steps"),
@@ -61,8 +62,9 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     settings = Settings(given.device, given.tiny, given.budget, given.out / "gpu.log")
     settings.log.write_bytes(b"")
-    limit = TINY_LIMIT if given.tiny else float("inf")
-    chosen = {name: _limited(PARTS[name], limit) for name in given.parts}
+    chosen = {name: PARTS[name] for name in given.parts}
+    if given.tiny:  # on a CPU it is the compiler that takes long
+        chosen = {name: dataclasses.replace(part, seconds=TINY_LIMIT) for name, part in chosen.items()}
     head = {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
@@ -120,10 +122,6 @@ def _has_cuda() -> bool:
     """Asked in a process of its own, so that this one never holds the device."""
     words = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
     return subprocess.run(words, timeout=120, check=False).returncode == 0
-
-
-def _limited(part: Part, seconds: float) -> Part:
-    return Part(part.target, min(part.seconds, seconds) if seconds != TINY_LIMIT else seconds, part.needs, part.title)
 
 
 _told: dict[str, str] = {}

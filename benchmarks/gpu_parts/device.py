@@ -11,7 +11,7 @@ import torch
 from timing import cpu_name, summary
 
 from gpu_parts.measure import seconds_in_turn
-from gpu_parts.report import Report, Row
+from gpu_parts.report import Report, Row, describe
 
 
 QUERY = "driver_version,memory.total,clocks.max.sm,clocks.mem,power.limit"
@@ -39,7 +39,10 @@ def name_of(report: Report) -> Row:
 
 def driver() -> Row:
     words = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"value": "unknown", "note": describe(error)}
     values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
     return {"value": values[0], "note": ", ".join(values[1:])}
 

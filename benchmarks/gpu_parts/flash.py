@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -27,6 +27,7 @@ SMALL = {
     "width 256": (Band(), (2, 2, 200, 200, 256, 256)),
     "width 512": (Band(), (2, 2, 200, 200, 512, 512)),
 }
+FIRST = ("causal", "sliding")
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 ROWS, HEADS, GROUPS = 4, 16, 4
 SHAPES = [(2048, 64), (8192, 64), (2048, 128), (8192, 128)]  # tokens, width of a head
@@ -37,16 +38,23 @@ def run(report: Report) -> None:
     if not can_run(torch.empty(0, device=report.device)):
         report.row("Triton kernels", status="skipped", note="they need Triton and an NVIDIA GPU")
         return
-    for dtype in BOUNDS:
-        for name, (band, sizes) in list(SMALL.items())[: report.size(None, 1)]:
-            title = f"flash, {name}, {str(dtype).removeprefix('torch.')}"
-            report.case(title, partial(small, report, band, sizes, dtype), seconds=2)
+    _check(report, torch.bfloat16, FIRST)
     for backward in (False, True):
         for length, width in SHAPES[: report.size(None, 1)]:
             for name in BANDS:
                 way = "forward and backward" if backward else "forward"
                 title = f"flash, {name}, {length} × {width}, {way}"
                 report.case(title, partial(large, report, BANDS[name], length, width, backward), seconds=4)
+    # every case below is compiled anew, for some seconds
+    _check(report, torch.bfloat16, [name for name in SMALL if name not in FIRST])
+    _check(report, torch.float32, [*FIRST, "width 128", "width 256"])
+    _check(report, torch.float16, ["causal"])
+
+
+def _check(report: Report, dtype: torch.dtype, names: Sequence[str]) -> None:
+    for name in names[: report.size(None, 1)]:
+        title = f"flash, {name}, {str(dtype).removeprefix('torch.')}"
+        report.case(title, partial(small, report, *SMALL[name], dtype), seconds=2)
 
 
 def small(report: Report, band: Band, sizes: tuple[int, ...], dtype: torch.dtype) -> Row:

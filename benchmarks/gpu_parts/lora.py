@@ -69,7 +69,7 @@ def speed(report: Report) -> Row:
     ids = random_ids(spec, report.size(16, 2), report.size(1024, 24))
     batch = {"input_ids": ids, "labels": ids}
     theirs = get_peft_model(
-        transformers_twin(random_llama(spec, report.device)).bfloat16(),
+        transformers_twin(random_llama(spec, report.device, torch.bfloat16)),
         LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     ours = add_lora(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llmctl.data.batches import Batches, Laid
 from llmctl.data.packing import cut, pack
@@ -83,7 +83,9 @@ def transformers_twin(model: LlmctlForCausalLM) -> LlamaForCausalLM:
     name, fields = write_config(model.config)
     assert name == "llama", name
     weight = model.lm_head.weight
-    twin = LlamaForCausalLM(LlamaConfig(**fields)).to(weight.dtype).to(weight.device)
+    # made in its precision: a cast afterwards would round the frequencies of its rotation too
+    with torch.device(weight.device):
+        twin = AutoModelForCausalLM.from_config(LlamaConfig(**fields), dtype=weight.dtype)
     twin.load_state_dict(model.state_dict())
     return twin.train(model.training)
 

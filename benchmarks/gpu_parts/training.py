@@ -86,7 +86,8 @@ def _losses(model: LlmctlForCausalLM, data: Batches, compute: Compute) -> Tensor
 
 def graph_breaks() -> Row:
     """Of all that this process has compiled so far."""
-    counters = torch._dynamo.utils.counters
+    from torch._dynamo.utils import counters  # takes a second, which the other part need not wait for
+
     reasons = "; ".join(list(counters["graph_break"])[:2])
     graphs = counters["stats"].get("unique_graphs", 0)
     note = f"{graphs} graphs{': ' + reasons if reasons else ''}"
