@@ -14,7 +14,7 @@ an exhausted memory or a missing package loses nothing but what it stopped. Writ
 Exit code: 0 if no check failed, 1 if a part failed or ran out of time, 2 for wrong options. A part or case whose package is
 missing is skipped, which is no failure.
 
-It needs Python 3.11, torch 2.11, transformers 5.17, and of llmctl's other requirements pydantic, pyyaml, numpy, psutil,
+It needs Python 3.11, torch 2.11, transformers 5.17, and of llmctl's other requirements pydantic, pyyaml, numpy, psutil, jinja2,
 tokenizers and safetensors. On a machine without network or installed packages, carry wheels of `pydantic`,
 `pydantic-core`, `annotated-types` and `typing-inspection`; for the command line `typer`, `rich` and `markdown-it-py` too.
 peft, bitsandbytes and triton are used where they are there; trl, datasets and accelerate are not needed. The folder is not
@@ -30,6 +30,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -77,7 +78,7 @@ def main() -> None:
     def publish(results: dict[str, Result]) -> None:
         document = head | {"seconds": time.monotonic() - began, "parts": results}
         replace(given.out / "gpu.json", json.dumps(document, indent=1, default=float))
-        replace(given.out / "gpu.md", markdown(document))
+        replace(given.out / "gpu.md", as_table(document))
         _tell(results)
 
     results = run_parts(chosen, settings, publish)
@@ -90,7 +91,9 @@ def main() -> None:
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The options, checked; ends the process with code 2 where they are wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help="their names with commas (default: all)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes of a dry run")
@@ -106,6 +109,14 @@ def parse(words: list[str]) -> argparse.Namespace:
     if given.device == "cuda" and not _has_cuda():
         parser.error("torch sees no CUDA device here; --device cpu --tiny is the dry run")
     return given
+
+
+def as_table(document: dict[str, Any]) -> str:
+    """The table, or why there is none: the run goes on, and the JSON has everything."""
+    try:
+        return markdown(document)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"The table could not be made of gpu.json:\n\n{traceback.format_exc()}"
 
 
 def replace(file: Path, text: str) -> None:

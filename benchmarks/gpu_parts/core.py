@@ -78,7 +78,9 @@ def gradients(model: LlmctlForCausalLM, here: LlmctlForCausalLM, ids: Tensor) ->
 def autocast_gradients(model: LlmctlForCausalLM, here: LlmctlForCausalLM, ids: Tensor) -> Row:
     with Compute(here.device, torch.bfloat16).autocast():
         found = _gradients(here, ids)
-    return within(furthest(found, _gradients(model, ids)), 0.1, note="rounding to 8 bits alone is 0.01 to 0.05")
+    return within(
+        furthest(found, _gradients(model, ids)), 0.1, note="rounding to 8 bits alone is 0.01 to 0.05"
+    )
 
 
 def _gradients(model: LlmctlForCausalLM, ids: Tensor) -> list[Tensor]:

@@ -13,7 +13,6 @@ from timing import cpu_name, summary
 from gpu_parts.measure import seconds_in_turn
 from gpu_parts.report import Report, Row, describe
 
-
 QUERY = "driver_version,memory.total,clocks.max.sm,clocks.mem,power.limit"
 LAUNCHES = 100
 
@@ -51,7 +50,10 @@ def software() -> Row:
     names = ("transformers", "triton", "peft", "bitsandbytes")
     rest = ", ".join(f"{name} {version_of(name)}" for name in names)
     cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ""
-    return {"value": f"torch {torch.__version__}{cuda}", "note": f"Python {platform.python_version()}, {rest}"}
+    return {
+        "value": f"torch {torch.__version__}{cuda}",
+        "note": f"Python {platform.python_version()}, {rest}",
+    }
 
 
 def version_of(package: str) -> str:

@@ -82,7 +82,9 @@ def timed(report: Report, make: Callable[[Report, bool], Case]) -> Row:
 
 
 def _qkv(report: Report, rows: int, heads: int, groups: int, length: int, width: int = 64) -> list[Tensor]:
-    return [torch.randn(rows, count, length, width, device=report.device) for count in (heads, groups, groups)]
+    return [
+        torch.randn(rows, count, length, width, device=report.device) for count in (heads, groups, groups)
+    ]
 
 
 def _attention(report: Report, large: bool, visible: Visibility, length: int, rows: int) -> Case:

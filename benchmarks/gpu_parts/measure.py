@@ -11,7 +11,7 @@ import torch
 from timing import interleaved, ratio, seconds_per_call, summary
 from torch import Tensor
 
-from gpu_parts.report import Report, Row
+from gpu_parts.report import Report, Row, number
 
 Work = Callable[[], object]
 SHORTEST = 0.05  # seconds that one timing lasts at least
@@ -48,7 +48,9 @@ def seconds_in_turn(sides: Mapping[str, Work], report: Report, rounds: int = 5) 
 
 def milliseconds(seconds: Mapping[str, Sequence[float]], ours: str, other: str) -> Row:
     """Row figures of one side, with another beside it."""
-    return rate({name: [1e3 * s for s in each] for name, each in seconds.items()}, ours, other, "ms", less=True)
+    return rate(
+        {name: [1e3 * s for s in each] for name, each in seconds.items()}, ours, other, "ms", less=True
+    )
 
 
 def rate(
@@ -58,7 +60,7 @@ def rate(
     row = _spread(figures[ours]) | {"unit": unit}
     if other is not None:
         pair = (figures[other], figures[ours]) if less else (figures[ours], figures[other])
-        row["beside"] = f"{other}: {statistics.median(figures[other]):,.4g} {unit}"
+        row["beside"] = f"{other}: {number(statistics.median(figures[other]))} {unit}"
         row["ratio"] = ratio(*pair)["median"]
     return row
 
@@ -83,7 +85,9 @@ def within(difference: float, bound: float, **more: Any) -> Row:
     return {"difference": difference, "bound": bound, **more}
 
 
-def backward_results(function: Callable[..., Tensor], inputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+def backward_results(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], seed: int = 1
+) -> list[Tensor]:
     """The output of a function and the gradients of its inputs, for the same upstream gradient at every call."""
     given = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
     out = function(*given)

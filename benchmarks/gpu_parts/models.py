@@ -115,4 +115,3 @@ def packed_batches(spec: ModelSection, rows: int, length: int, steps: int, media
     pieces = cut(np.concatenate([[0], np.cumsum(lengths)]), length, "split")
     laid = Laid(ids, pieces, pack(pieces.length, length))
     return Batches(laid, max_length=length, batch_size=rows, accumulation=1, seed=0, pad_id=0)
-

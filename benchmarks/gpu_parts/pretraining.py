@@ -18,7 +18,14 @@ import torch
 from timing import interleaved
 
 from gpu_parts.measure import rate
-from gpu_parts.models import packed_batches, random_ids, random_llama, shape, training_flops, transformers_twin
+from gpu_parts.models import (
+    packed_batches,
+    random_ids,
+    random_llama,
+    shape,
+    training_flops,
+    transformers_twin,
+)
 from gpu_parts.report import Report, Row
 from gpu_parts.steps import Batch, Step, our_step, plain_step
 from llmctl.kernels.device import Compute

@@ -32,7 +32,12 @@ SIZES = {
     "intermediate_size": 1408,
     "max_position_embeddings": 512,
 }
-WAYS = {"int8": (8, None), "int8, groups of 32": (8, 32), "int4, groups of 32": (4, 32), "int3, groups of 32": (3, 32)}
+WAYS = {
+    "int8": (8, None),
+    "int8, groups of 32": (8, 32),
+    "int4, groups of 32": (4, 32),
+    "int3, groups of 32": (3, 32),
+}
 FLOAT32, BFLOAT16 = 1e-4, 2e-2
 GPTQ_WORSE = 1.02  # output error on the device over that on the CPU: sums round otherwise, a few codes change
 NF4_BFLOAT16 = 0.05
@@ -95,7 +100,9 @@ def gptq_error(report: Report) -> Row:
     outputs, inputs = report.size((1024, 1024), (32, 64))
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(outputs, inputs, generator=generator)
-    x = torch.randn(4 * inputs, inputs, generator=generator) @ torch.randn(inputs, inputs, generator=generator)
+    x = torch.randn(4 * inputs, inputs, generator=generator) @ torch.randn(
+        inputs, inputs, generator=generator
+    )
     hessian, how = x.T @ x / len(x), Gptq(bits=4, group=64)
 
     def error(device: torch.device) -> float:

@@ -19,13 +19,19 @@ import json
 import time
 import traceback
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # a part that needs no torch need not wait for it, and one that finds none says so
+    import torch
 
 Row = dict[str, Any]
-OURS = ("llmctl", "gpu_parts", "tests")  # a module of these that cannot be imported is a fault, not a missing package
+OURS = (
+    "llmctl",
+    "gpu_parts",
+    "tests",
+)  # a module of these that cannot be imported is a fault, not a missing package
 
 
 class DeviceLost(RuntimeError):
@@ -36,13 +42,19 @@ class Report:
     """What a part is given: where to compute, how large, how long, and where its rows go.
 
     Attributes:
-        device: where the part computes.
         tiny: sizes for a dry run on a CPU: every line runs, no figure means anything.
     """
 
-    def __init__(self, rows: Path, device: torch.device, tiny: bool, seconds: float) -> None:
-        self.device, self.tiny = device, tiny
-        self._file, self._end = rows, time.monotonic() + seconds
+    def __init__(self, rows: Path, device: str, tiny: bool, seconds: float) -> None:
+        self.tiny = tiny
+        self._file, self._kind, self._end = rows, device, time.monotonic() + seconds
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the part computes."""
+        import torch
+
+        return torch.device(self._kind)
 
     def left(self) -> float:
         """Seconds until the part should be done."""
@@ -89,12 +101,16 @@ class Report:
     def free(self) -> None:
         """Give back the memory of what is no longer referred to."""
         gc.collect()
-        if self.device.type == "cuda":
+        if self._kind == "cuda":
+            import torch
+
             torch.cuda.empty_cache()
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        if self.device.type == "cuda":
+        if self._kind == "cuda":
+            import torch
+
             torch.cuda.synchronize()
 
     def _refuse_lost(self) -> None:
@@ -113,3 +129,10 @@ def describe(error: BaseException) -> str:
     """An error as one line."""
     first = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first}"[:300]
+
+
+def number(value: Any) -> str:
+    """A figure for people: four digits, or all before the point. A word stays as it is."""
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"

@@ -116,7 +116,12 @@ def _run(name: str, part: Part, settings: Settings, limit: float) -> Iterator[Re
                 found, _ = read_rows(rows)
                 if len(found) != count:
                     count = len(found)
-                    yield {"status": "running", "reason": "it was interrupted", "seconds": spent, "rows": found}
+                    yield {
+                        "status": "running",
+                        "reason": "it was interrupted",
+                        "seconds": spent,
+                        "rows": found,
+                    }
                 time.sleep(min(POLL, max(0.01, limit - spent)))
         finally:
             _kill(process)
@@ -140,6 +145,8 @@ def _start(part: Part, settings: Settings, limit: float, rows: Path, log: int) -
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if settings.device == "cpu":
+        environment.setdefault("OMP_NUM_THREADS", "2")
     # a group of its own, so that compiler processes go with it; the session stays, so that all go with that
     return subprocess.Popen(
         words,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from gpu_parts.report import number
+
 # device name -> dense bfloat16 FLOP/s of its datasheet
 PEAKS = {
     "NVIDIA H200": 989.4e12,
@@ -47,9 +49,9 @@ def _line(part: str, row: Mapping[str, Any], parts: Mapping[str, Any], device: s
 
 def _figure(row: Mapping[str, Any], notes: list[str]) -> str:
     value = row.get("value")
-    text = "" if value is None else f"{_number(value)} {row.get('unit', '')}".strip()
+    text = "" if value is None else f"{number(value)} {row.get('unit', '')}".strip()
     if "low" in row and row["low"] != row["high"]:
-        text += f" ({_number(row['low'])}–{_number(row['high'])})"
+        text += f" ({number(row['low'])}–{number(row['high'])})"
     return "; ".join(filter(None, [text, *notes]))
 
 
@@ -65,14 +67,14 @@ def _check(row: Mapping[str, Any]) -> str:
 def _shares(row: Mapping[str, Any], parts: Mapping[str, Any], device: str) -> Iterator[str]:
     """What part of the device's ceilings a figure is."""
     if "flops" in row:
-        yield f"{row['flops'] / 1e12:,.3g} TFLOP/s"
+        yield f"{number(row['flops'] / 1e12)} TFLOP/s"
         if device in PEAKS:
             yield f"MFU {row['flops'] / PEAKS[device]:.3f}"
         product = _row(parts, "device", "product, bfloat16").get("value")
         if product:
             yield f"{row['flops'] / 1e12 / product:.3f} of the measured product"
     if "bytes" in row:
-        yield f"{row['bytes'] / 1e9:,.3g} GB/s of weights"
+        yield f"{number(row['bytes'] / 1e9)} GB/s of weights"
         copied = _row(parts, "device", "copy").get("value")
         if copied:
             yield f"{row['bytes'] / 1e9 / copied:.3f} of the measured copy"
@@ -80,7 +82,9 @@ def _shares(row: Mapping[str, Any], parts: Mapping[str, Any], device: str) -> It
 
 def _footnotes(parts: Mapping[str, Any], device: str) -> Iterator[str]:
     if any("flops" in row for part in parts.values() for row in part["rows"]):
-        peak = f" MFU is against {PEAKS[device] / 1e12:.0f} TFLOP/s, dense bfloat16." if device in PEAKS else ""
+        peak = (
+            f" MFU is against {PEAKS[device] / 1e12:.0f} TFLOP/s, dense bfloat16." if device in PEAKS else ""
+        )
         yield (
             "FLOPs of a trained token: 6 N + 6 L H D (T + 1), with N the weights of the matrix products (the head's "
             f"among them, the embedding table's not), L layers, H heads of width D, T tokens in a row.{peak}"
@@ -95,14 +99,6 @@ def _row(parts: Mapping[str, Any], part: str, name: str) -> Mapping[str, Any]:
     """A row by its name; empty if it is not there."""
     rows = parts.get(part, {}).get("rows", [])
     return next((row for row in rows if row["name"] == name), {})
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
 
 
 def _safe(text: str) -> str:
