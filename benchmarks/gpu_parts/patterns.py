@@ -75,8 +75,11 @@ def _all(report: Report, title: str, variants: Mapping[str, Any], backward: bool
 
     chosen = list(variants.items())[:: report.size(1, 1 + len(variants) // FEW)]
     for name, variant in chosen:
-        report.case(f"{name}{'' if backward else ', forward'}", partial(one, name, variant), seconds=1)
-    report.row(title, value=f"{counts['held']} of {len(chosen)}", **worst)
+        if report.left() < 1:
+            break
+        counts["tried"] += 1
+        report.case(f"{name}{'' if backward else ', forward'}", partial(one, name, variant))
+    report.row(title, value=f"{counts['held']} of {counts['tried']} tried, {len(chosen)} in all", **worst)
 
 
 def small_model(report: Report, variant: Any, backward: bool) -> Row:
