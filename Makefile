@@ -6,11 +6,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-# timing.py is what the others share; sft_vs_trl.py and gptq_error.py ask for a model and data
-BENCHMARKS := $(sort $(filter-out benchmarks/timing.py benchmarks/sft_vs_trl.py benchmarks/gptq_error.py,$(wildcard benchmarks/*.py)))
+# timing.py is what the others share; sft_vs_trl.py and gptq_error.py ask for a model and data; gpu.py has a target of its own
+BENCHMARKS := $(sort $(filter-out $(addprefix benchmarks/,timing.py sft_vs_trl.py gptq_error.py gpu.py),$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint format docs docs-check bench
+.PHONY: help quickstart test test-slow lint format docs docs-check bench gpu
 
 help:
 	@echo "make quickstart   the whole lifecycle on built-in data"
@@ -21,6 +21,7 @@ help:
 	@echo "make docs         write what docs/ has from the recipes and the commands again"
 	@echo "make docs-check   fail if that is out of date"
 	@echo "make bench        every script in benchmarks/ that needs no model"
+	@echo "make gpu          checks and speeds on a CUDA device, nine minutes at most, into gpu-results/"
 
 # The stamp is newer than both files exactly when the environment was installed from them.
 $(READY): pyproject.toml constraints.txt
@@ -59,3 +60,6 @@ bench: $(READY)
 	@for script in $(BENCHMARKS); do \
 		echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; \
 	done
+
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
