@@ -33,7 +33,8 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
 
 def _to_bytes(stored: Tensor, bits: int) -> Tensor:
     """Where no code lies across two bytes, on a little-endian machine: many times as fast as bit by bit."""
-    filled = F.pad(stored, (0, -stored.shape[1] % (WORD // bits))).unflatten(1, (-1, 8 // bits))
+    # padding nothing keeps the strides, and the view below needs whole rows
+    filled = F.pad(stored.contiguous(), (0, -stored.shape[1] % (WORD // bits))).unflatten(1, (-1, 8 // bits))
     octets = filled[..., 0].clone()
     for place in range(1, 8 // bits):
         octets |= filled[..., place] << (place * bits)
