@@ -105,6 +105,9 @@ ShowVersion = Annotated[
     bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the version")
 ]
 
+# how OpenMP threads wait: for all of its libraries, for GNU's, for Intel's and LLVM's
+WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -158,6 +161,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     """Run a command line (`sys.argv` by default) and exit with its code."""
     words = sys.argv[1:] if args is None else args
     quiet_libraries()
+    wait_without_spinning()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a terminal that cannot show a character gets its code, not a traceback
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -178,6 +182,17 @@ def quiet_libraries() -> None:
     """Keep what libraries say to programmers from the terminal: renamed methods, kernels that could be installed."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|trl")
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+
+
+def wait_without_spinning() -> None:
+    """Let OpenMP threads sleep while they wait for each other, unless the user has said how they shall wait.
+
+    OpenMP reads this when torch is imported. Threads that spin keep a core from the one they wait for wherever
+    there are fewer free cores than threads: with one of two cores busy, decoding falls to a twentieth
+    (`benchmarks/busy.py`).
+    """
+    if not any(name in os.environ for name in WAIT_POLICIES):
+        os.environ[WAIT_POLICIES[0]] = "passive"
 
 
 def command_name(words: list[str]) -> str:

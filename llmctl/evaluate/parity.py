@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmctl.kernels.cross_entropy import IGNORE
 from llmctl.kernels.device import Compute
+from llmctl.kernels.threads import timed_batches
 from llmctl.model import LlmctlForCausalLM
 
 SLICE = 512  # tokens whose logits exist at once, for both models
@@ -67,7 +68,7 @@ def parity(
     """
     sums = torch.zeros(4, dtype=torch.float64)  # agreed, kl, nats of a and of b
     tokens, worst = 0, torch.zeros(())
-    for batch in batches:
+    for batch in timed_batches(batches, a, b):
         moved = {name: value.to(compute.device) for name, value in batch.items()}
         labels = moved["labels"][:, 1:].flatten()
         kept = (labels != IGNORE).nonzero().squeeze(1)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from llmctl.errors import CheckFailed, UserError
 from llmctl.files import read_json
 from llmctl.kernels.device import DTYPES, Compute, pick_compute
+from llmctl.kernels.threads import use_threads
 from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.adapters import ADAPTER_CONFIG, TASKS, is_adapter
@@ -55,6 +56,7 @@ def run(recipe: MergeRecipe, talk: Talk) -> RunResult:
     settings = recipe.compare.model_copy(update={} if recipe.compare.data else _data_of(folder))
     recipe = recipe.model_copy(update={"compare": settings})
     compute = pick_compute(recipe.device, settings.dtype, "compare.dtype")
+    use_threads(settings.threads, "compare.threads", compute.device, talk)
     tokenizer = load_tokenizer(str(folder))
     rows = shared_rows(str(folder), str(folder), settings, talk)
     adapted = open_model(folder, compute.dtype, compute.device)

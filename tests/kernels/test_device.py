@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmctl.errors import UserError
-from llmctl.kernels.device import Compute, cpu_multiplies_bfloat16, physical_cores, pick_compute, pick_device
+from llmctl.kernels.device import Compute, cpu_multiplies_bfloat16, pick_compute, pick_device
 
 AMD, INTEL = "AuthenticAMD", "GenuineIntel"
 
