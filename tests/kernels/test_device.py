@@ -50,7 +50,3 @@ def test_autocast_multiplies_in_the_named_dtype():
     for dtype in (torch.float32, torch.bfloat16):
         with Compute(torch.device("cpu"), dtype).autocast():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
-
-
-def test_cores():
-    assert physical_cores() >= 1
