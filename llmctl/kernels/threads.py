@@ -100,7 +100,7 @@ def use_threads(
         allowed = len(read_cores().allowed)
         if setting > allowed:
             talk.say(
-                f"{field} is {setting}, but this process may use {allowed}: threads will wait for each other"
+                f"{field} is {setting}, but this process may use {allowed} processors: threads will wait for each other"
             )
         torch.set_num_threads(setting)
         return
