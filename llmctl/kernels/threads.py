@@ -167,8 +167,8 @@ class _Watch:
             return
         self._has_said = True
         self._talk.say(
-            f"{work.name} fell to {change.rate_before:,.3g} {work.unit}/s on {change.before} threads; "
-            f"on {change.after} it is {change.rate_after:,.3g}: going on with that"
+            f"{work.name}: {change.rate_before:,.3g} {work.unit}/s on {change.before} threads, "
+            f"{change.rate_after:,.3g} on {change.after}: going on with {change.after}"
         )
 
 

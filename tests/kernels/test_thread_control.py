@@ -59,7 +59,7 @@ def test_the_change_tells_both_rates() -> None:
 def test_half_of_the_best_is_no_fall() -> None:
     control = ThreadController(2, 2)
     run(control, idle(2), 3)
-    assert run(control, lambda threads: (20.0, 1.0), 20) == [2] * 21
+    assert run(control, lambda threads: (20.0, 2.0), 20) == [2] * 21
 
 
 def test_a_fall_that_fewer_threads_do_not_mend_is_tried_once() -> None:
@@ -67,6 +67,17 @@ def test_a_fall_that_fewer_threads_do_not_mend_is_tried_once() -> None:
     run(control, idle(4), 3)
     slower = run(control, lambda threads: (5.0 * threads, 4.0), 50)  # a longer context, say
     assert slower[:3] == [4, 2, 4] and set(slower[3:]) == {4}
+
+
+def test_a_core_that_was_busy_before_the_first_measurement_is_left() -> None:
+    """Then there is no better throughput to have fallen from."""
+    assert run(ThreadController(2, 2), spinning(2, 1), 5) == [2, 1, 1, 1, 1, 1]
+
+
+def test_threads_that_share_well_are_kept_although_a_core_is_busy() -> None:
+    seen = run(ThreadController(2, 2), lambda threads: (20.0 + threads, 1.0), 1000)
+    assert seen[:3] == [2, 1, 2] and seen[-1] == 2
+    assert seen.count(1) <= 8
 
 
 def test_unknown_use_tries_half_and_never_more() -> None:

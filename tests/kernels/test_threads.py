@@ -41,7 +41,7 @@ def test_work_that_falls_by_more_than_half_gets_fewer_threads_and_says_so_once()
             count_work(DECODING, tokens / 4, 0.25)
         seen.append(torch.get_num_threads())
     assert seen == [2, 2, 1, 1, 1]
-    assert said.lines == ["decoding fell to 1.2 tokens/s on 2 threads; on 1 it is 26: going on with that"]
+    assert said.lines == ["decoding: 1.2 tokens/s on 2 threads, 26 on 1: going on with 1"]
 
 
 @pytest.mark.usefixtures("two")
