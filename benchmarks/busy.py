@@ -36,7 +36,7 @@ from typing import Any
 from timing import interleaved, line, options, ratio, report, summary
 
 PROMPT = "Write a long story about a town by the sea."
-ROWS, LENGTH = 8, 256  # of an evaluation
+ROWS, LENGTH = 4, 256  # of an evaluation
 # side -> its threads, whether another program runs, variables of its process
 SIDES: dict[str, tuple[str, bool, dict[str, str]]] = {
     "alone": ("1", False, {}),
@@ -74,9 +74,9 @@ def tune(model: str, threads: str) -> float:
     from llmctl.stages import sft
     from llmctl.talk import SILENT
 
-    words = [f"train.threads={threads}", "train.max_steps=5", "train.per_device_train_batch_size=1"]
+    words = [f"train.threads={threads}", "train.max_steps=3", "train.per_device_train_batch_size=1"]
     words += [
-        "train.logging_steps=5",
+        "train.logging_steps=3",
         "data.max_length=128",
         "data.eval_fraction=0.0",
         "train.sample_steps=1000",
