@@ -1,8 +1,8 @@
 """The number of threads that torch computes with on a CPU: chosen before the start, watched during long work.
 
-torch has one such number for the whole process, so what watches it is one object of the process too, set by
-`use_threads`. Whoever does long work tells of it through `count_work`, `timed` or `timed_batches`; without `use_threads`,
-or with a fixed number, these do nothing.
+torch has one such number for the whole process, so one object of the process adapts it, made by `use_threads`. Code that
+does long work reports it through `count_work`, `timed` or `timed_batches`; without `use_threads`, or with a fixed
+number, these do nothing.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class _Watch:
         self._has_said = False
 
     def add(self, work: Work, units: float, seconds: float) -> None:
-        """Count work that was done."""
+        """Add work to the current window; a full window goes to the controller."""
         if not self._sums and time.monotonic() - self._usage.clock > seconds + WINDOW:
             self._usage = read_usage()  # after a pause, which says nothing of now
         done, spent = self._sums.get(work, (0.0, 0.0))
@@ -177,21 +177,21 @@ _watching: list[_Watch] = []
 
 
 def count_work(work: Work, units: float, seconds: float) -> None:
-    """Tell that some units of work took so long; another number of threads may be set before this returns."""
+    """Record that `units` of work took `seconds`; this may change the number of threads."""
     for watch in _watching:
         watch.add(work, units, seconds)
 
 
 @contextmanager
 def timed(work: Work, units: float) -> Iterator[None]:
-    """Count the block as `units` of work; not if it raises."""
+    """Record the block as `units` of work, unless it raises."""
     started = time.perf_counter()
     yield
     count_work(work, units, time.perf_counter() - started)
 
 
 def timed_batches(batches: Iterable[Mapping[str, Tensor]], *models: object) -> Iterator[Mapping[str, Tensor]]:
-    """The batches; what is done with each until the next is asked for is counted, by its tokens."""
+    """Yield the batches, and record the time spent on each until the next is requested, by its tokens."""
     work = Work("evaluation", "tokens", tuple(map(id, models)))
     for batch in batches:
         with timed(work, batch["input_ids"].numel()):
@@ -200,7 +200,7 @@ def timed_batches(batches: Iterable[Mapping[str, Tensor]], *models: object) -> I
 
 @contextmanager
 def steady_threads() -> Iterator[None]:
-    """Keep the number of threads inside the block, where speeds are compared."""
+    """Keep the number of threads while speeds are compared."""
     held = list(_watching)
     _watching.clear()
     try:

@@ -145,7 +145,7 @@ WORDS: dict[str, str] = {
     "train.dtype": "compute precision; weights and optimizer stay float32",
     "train.gradient_checkpointing": "recompute activations in the backward pass to save memory",
     "train.torch_compile": "compile the blocks with torch.compile; needs a C++ compiler on CPU",
-    "train.threads": "CPU threads: auto leaves out cores that are busy or not ours, and may change; a number stays",
+    "train.threads": "CPU threads: auto takes the cores that are allowed and idle, and may change; a number is kept",
     "train.logging_steps": "steps between metric lines",
     "train.eval_steps": "steps between evaluations; a tenth of the run when unset",
     "train.eval_max_rows": "rows evaluated each time; all when unset",
