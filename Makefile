@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-# timing.py is what the others share; sft_vs_trl.py and gptq_error.py ask for a model and data
-BENCHMARKS := $(sort $(filter-out benchmarks/timing.py benchmarks/sft_vs_trl.py benchmarks/gptq_error.py,$(wildcard benchmarks/*.py)))
+# timing.py is what the others share; sft_vs_trl.py, gptq_error.py and busy.py ask for a model
+BENCHMARKS := $(sort $(filter-out benchmarks/timing.py benchmarks/sft_vs_trl.py benchmarks/gptq_error.py benchmarks/busy.py,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-slow lint format docs docs-check bench

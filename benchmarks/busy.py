@@ -7,15 +7,16 @@ and is of the work alone, without loading:
     sft     tokens/s of a few steps of LoRA on one row of 128 tokens
     eval    tokens/s of scoring rows of 256 tokens
 
-in three ways, in turn:
+in four ways, in turn:
 
     alone   one thread, no other program
     auto    `threads: auto` beside a program that never stops computing
     fixed   two threads beside it
     spins   two threads beside it that wait as OpenMP does by itself
 
-All processes share the first two processors that this one may use (Linux). The load of the machine when a round ends
-is printed: what others do there slows the sides down differently.
+All processes share the first two processors that this one may use (Linux). What others do on the machine slows the
+sides down differently, so its load is printed. Where it is never idle, --nice -15 gives the session of this program, the
+busy process included, priority over others while it measures (root, Linux's autogroups).
 
     python benchmarks/busy.py MODEL --rounds 3
 """
@@ -50,7 +51,38 @@ BOUND = 0.7
 # --- the work, in a process of its own --------------------------------------------------------------
 
 
-def decode(model: str, threads: str) -> float:
+@contextmanager
+def priority(nice: int) -> Iterator[None]:
+    """Priority of this session over others; 0 changes nothing."""
+    group = Path("/proc/self/autogroup")
+    if nice:
+        group.write_text(str(nice))
+    try:
+        yield
+    finally:
+        if nice:
+            group.write_text("0")
+
+
+class MeasuredTraining:
+    """A silent talk that gives the training loop its priority."""
+
+    def __init__(self, nice: int) -> None:
+        self.nice = nice
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def bar(self, label: str, total: float | None, unit: str) -> Iterator[Any]:
+        """Nothing to see; the bar of the loop lasts as long as the loop."""
+        from llmctl.talk import SILENT
+
+        with SILENT.bar(label, total, unit) as bar, priority(self.nice if label == "training" else 0):
+            yield bar
+
+
+def decode(model: str, threads: str, nice: int) -> float:
     """Tokens per second of an answer."""
     from llmctl.recipe.chat import ChatRecipe
     from llmctl.recipe.load import load_recipe
@@ -64,15 +96,16 @@ def decode(model: str, threads: str) -> float:
         f"chat.threads={threads}",
     ]
     recipe = load_recipe(ChatRecipe, None, {"base": model}, words)
-    return chat.begin(recipe, SILENT).ask(PROMPT).tokens_per_second
+    conversation = chat.begin(recipe, SILENT)
+    with priority(nice):
+        return conversation.ask(PROMPT).tokens_per_second
 
 
-def tune(model: str, threads: str) -> float:
+def tune(model: str, threads: str, nice: int) -> float:
     """Tokens per second of training steps."""
     from llmctl.recipe.load import load_recipe
     from llmctl.recipe.tune import SftRecipe
     from llmctl.stages import sft
-    from llmctl.talk import SILENT
 
     words = [f"train.threads={threads}", "train.max_steps=3", "train.per_device_train_batch_size=1"]
     words += [
@@ -83,11 +116,11 @@ def tune(model: str, threads: str) -> float:
     ]
     with tempfile.TemporaryDirectory() as folder:
         flags = {"base": model, "data.train": ["builtin:tinyworld-instructions"], "out": f"{folder}/run"}
-        found = sft.run(load_recipe(SftRecipe, None, flags, words), SILENT)
+        found = sft.run(load_recipe(SftRecipe, None, flags, words), MeasuredTraining(nice))
     return float(found.metrics["tokens_per_second"])
 
 
-def evaluate(model: str, threads: str) -> float:
+def evaluate(model: str, threads: str, nice: int) -> float:
     """Tokens per second of scoring rows."""
     import torch
 
@@ -104,21 +137,22 @@ def evaluate(model: str, threads: str) -> float:
     places = torch.arange(LENGTH)[None]
     batches = [{"input_ids": row, "labels": row, "position_ids": places} for row in ids]
     score(opened, batches[:1], 0.0, frozenset(), compute)
-    started = time.perf_counter()
-    score(opened, batches, 0.0, frozenset(), compute)
-    return ROWS * LENGTH / (time.perf_counter() - started)
+    with priority(nice):
+        started = time.perf_counter()
+        score(opened, batches, 0.0, frozenset(), compute)
+        return ROWS * LENGTH / (time.perf_counter() - started)
 
 
 WORK = {"chat": decode, "sft": tune, "eval": evaluate}
 
 
-def worker(work: str, model: str, threads: str) -> None:
+def worker(work: str, model: str, threads: str, nice: int) -> None:
     """Print the figure of one side."""
     from llmctl.cli.main import bound_spinning, quiet_libraries
 
     bound_spinning()
     quiet_libraries()
-    print(WORK[work](model, threads))
+    print(WORK[work](model, threads, nice))
 
 
 # --- the comparison ---------------------------------------------------------------------------------
@@ -134,10 +168,10 @@ def another_program() -> Iterator[None]:
             process.kill()
 
 
-def measure(work: str, model: str, side: str) -> float:
+def measure(work: str, model: str, side: str, nice: int) -> float:
     """The figure of one side. Raises CalledProcessError if its process fails."""
     threads, busy, variables = SIDES[side]
-    words = [sys.executable, __file__, model, "--work", work, "--as", threads]
+    words = [sys.executable, __file__, model, "--work", work, "--as", threads, "--nice", str(nice)]
     with another_program() if busy else nullcontext():
         ended = subprocess.run(
             words, env=os.environ | variables, check=True, stdout=subprocess.PIPE, text=True, timeout=900
@@ -152,17 +186,19 @@ def main() -> None:
     )
     parser.add_argument("--work", choices=WORK, action="append", help="what is measured; all by default")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--nice", type=int, default=0, help="priority while measuring, -20 to 19 (default 0)")
     parser.add_argument("--as", dest="threads_of_worker", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.threads_of_worker:
-        worker(given.work[0], str(Path(given.model)), given.threads_of_worker)
+        worker(given.work[0], str(Path(given.model)), given.threads_of_worker, given.nice)
         return
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     os.environ.pop("OMP_NUM_THREADS", None)
     figures: dict[str, Any] = {}
     for work in given.work or WORK:
         sides = {
-            side: (lambda work=work, side=side: measure(work, given.model, side)) for side in given.sides
+            side: (lambda work=work, side=side: measure(work, given.model, side, given.nice))
+            for side in given.sides
         }
         print(f"{work}, tokens/s")
         found = interleaved(sides, given.rounds, ",.1f")
