@@ -6,8 +6,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-# timing.py is what the others share; sft_vs_trl.py and gptq_error.py ask for a model and data; gpu.py has a target of its own
-BENCHMARKS := $(sort $(filter-out $(addprefix benchmarks/,timing.py sft_vs_trl.py gptq_error.py gpu.py),$(wildcard benchmarks/*.py)))
+# timing.py is what the others share; sft_vs_trl.py, gptq_error.py and busy.py ask for a model; gpu.py has a target of its own
+NOT_ALONE := timing.py sft_vs_trl.py gptq_error.py busy.py gpu.py
+BENCHMARKS := $(sort $(filter-out $(addprefix benchmarks/,$(NOT_ALONE)),$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-slow lint format docs docs-check bench gpu

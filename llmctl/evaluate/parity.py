@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmctl.kernels.cross_entropy import IGNORE
 from llmctl.kernels.device import Compute
+from llmctl.kernels.threads import timed_batches
 from llmctl.model import LlmctlForCausalLM
 from llmctl.talk import SILENT, Talk
 
@@ -139,7 +140,7 @@ def parity(
     parts: list[list[Tensor]] = []
     rows = tokens = 0
     with talk.bar("comparing", max_tokens, "tokens") as bar:
-        for batch in batches:
+        for batch in timed_batches(batches, a, b):
             if max_tokens is not None:
                 batch = _first_rows(batch, max_tokens - tokens)
             moved = {name: value.to(compute.device) for name, value in batch.items()}

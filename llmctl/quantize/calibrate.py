@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmctl.errors import UserError
 from llmctl.kernels.quantized import Quantized
+from llmctl.kernels.threads import Work, timed
 from llmctl.model import Leaf, LlmctlForCausalLM, leaves
 from llmctl.model.context import context_of
 from llmctl.quantize.absmax import absmax
@@ -183,7 +184,9 @@ class _Text:
                 total.addmm_(x_NI.T, x_NI)
                 raise _Enough
 
-            with _inputs([leaf], seen):
+            # as far as this leaf: only the same one of other blocks takes as long
+            work = Work("calibration", "tokens", leaf.name.rpartition(".")[2])
+            with _inputs([leaf], seen), timed(work, rows.real.numel()):
                 self._run(block, rows)
         if not total.isfinite().all():
             raise _not_finite(
@@ -194,7 +197,8 @@ class _Text:
     def advance(self, block: nn.Module) -> None:
         """Let the text through a block."""
         for index, rows in enumerate(self._rows):
-            out = self._run(block, rows)
+            with timed(Work("calibration", "tokens"), rows.real.numel()):
+                out = self._run(block, rows)
             assert out is not None
             self._rows[index] = replace(rows, hidden=out.float().cpu())
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from llmctl.recipe.base import Section, StageRecipe, about
-from llmctl.recipe.train import Device
+from llmctl.recipe.train import Device, Threads
 from llmctl.recipe.tune import CompareRows
 
 QuantizeMethod = Literal["int8", "gptq"]
@@ -42,6 +42,7 @@ class QuantizeSection(Section):
     calibration_rows: int = about("quantize.calibration_rows", 128, ge=1)
     act_order: bool = about("quantize.act_order", True)
     damping: float = about("quantize.damping", 0.01, gt=0, le=10)
+    threads: Threads = about("quantize.threads", "auto")
 
     @model_validator(mode="after")
     def settings_belong_to_the_method(self) -> Self:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from llmctl.recipe.base import Section, StageRecipe, about
 from llmctl.recipe.preference import DPO_RATES, REWARD_RATES, DpoSection, PreferenceTrain, RewardSection
-from llmctl.recipe.train import Device, Dtype, Overlong, StepsSection
+from llmctl.recipe.train import Device, Dtype, Overlong, StepsSection, Threads
 
 Method = Literal["lora", "qlora", "full"]
 
@@ -153,6 +153,7 @@ class ScoreSection(Section):
     max_length: int | None = about("score.max_length", None, gt=1)
     batch_size: int = about("score.batch_size", 8, ge=1)
     dtype: Dtype = about("score.dtype", "float32")
+    threads: Threads = about("score.threads", "auto")
 
 
 class ScoreRecipe(StageRecipe):
@@ -183,6 +184,7 @@ class CompareSection(CompareRows):
     min_top1: float = about("compare.min_top1", 0.99, ge=0, le=1)
     max_kl: float | None = about("compare.max_kl", None, ge=0)
     dtype: Dtype = about("compare.dtype", "float32")
+    threads: Threads = about("compare.threads", "auto")
 
 
 class CompareRecipe(StageRecipe):

@@ -12,6 +12,7 @@ from llmctl.engine.sampling import likeliest
 from llmctl.errors import UserError
 from llmctl.evaluate.parity import parity
 from llmctl.kernels.device import Compute, pick_compute
+from llmctl.kernels.threads import use_threads
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.open import open_config, open_model
 from llmctl.recipe.tune import CompareRecipe, CompareRows, SftData
@@ -37,6 +38,7 @@ def run(recipe: CompareRecipe, talk: Talk) -> dict[str, Any]:
     require_data(settings.data, "compare on")
     assert recipe.base is not None and recipe.other is not None
     compute = pick_compute(recipe.device, settings.dtype, "compare.dtype")
+    use_threads(settings.threads, "compare.threads", compute.device, talk)
     rows = shared_rows(recipe.base, recipe.other, settings, talk)
     a, b = (open_model(where, compute.dtype, compute.device) for where in (recipe.base, recipe.other))
     noise = rounded_dtype(recipe.base, recipe.other)

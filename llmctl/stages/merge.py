@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from llmctl.errors import CheckFailed, UserError
 from llmctl.files import read_json
 from llmctl.kernels.device import DTYPES, Compute, pick_compute
+from llmctl.kernels.threads import use_threads
 from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.adapters import ADAPTER_CONFIG, TASKS, is_adapter
@@ -80,6 +81,7 @@ def run(recipe: MergeRecipe, talk: Talk, accept: bool = False) -> RunResult:
         return RunResult(out, known)
     check_out(out, resumable=False)
     compute = pick_compute(recipe.device, settings.dtype, "compare.dtype")
+    use_threads(settings.threads, "compare.threads", compute.device, talk)
     tokenizer = load_tokenizer(str(folder))
     rows = shared_rows(str(folder), str(folder), settings, talk)
     adapted = open_model(folder, compute.dtype, compute.device)

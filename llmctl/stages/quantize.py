@@ -15,6 +15,7 @@ from llmctl.errors import UserError
 from llmctl.files import read_json, write_atomic
 from llmctl.kernels.device import pick_device
 from llmctl.kernels.quantized import Quantized
+from llmctl.kernels.threads import use_threads
 from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM, leaves
 from llmctl.model.adapters import is_adapter
@@ -72,6 +73,7 @@ def run(recipe: QuantizeRecipe, talk: Talk, accept: bool = False) -> RunResult:
     check_out(out, resumable=False)
     _refuse_no_data(recipe)
     device, tokenizer = pick_device(recipe.device), fitting_tokenizer(recipe.base)
+    use_threads(recipe.quantize.threads, "quantize.threads", device, talk)
     model = open_folded(folder, torch.float32, device)
     choice = choose_template(tokenizer, OWN)
     if choice.said:

@@ -167,10 +167,10 @@ def test_fields(words: str, talking: Path, llmctl: Program) -> None:
 
 
 def test_every_field_has_a_test() -> None:
-    """`batch_size` is only about memory; `min_effect` is looked at in test_merge.py."""
+    """`batch_size` is only about memory; `min_effect` is looked at in test_merge.py, `threads` in test_threads.py."""
     named = {word.partition("=")[0].removeprefix("compare.") for line in LOOK for word in line.split()}
-    assert named | {"batch_size"} == set(CompareSection.model_fields)
-    assert named | {"batch_size", "min_effect"} == set(MergeSection.model_fields)
+    assert named | {"batch_size", "threads"} == set(CompareSection.model_fields)
+    assert named | {"batch_size", "threads", "min_effect"} == set(MergeSection.model_fields)
 
 
 def test_batch_size_changes_nothing(talking: Path, llmctl: Program) -> None:
