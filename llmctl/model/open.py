@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from transformers import GenerationConfig
-
 from llmctl.errors import UserError
 from llmctl.files import read_json
 from llmctl.locate import locate
 from llmctl.model.adapters import ADAPTER_CONFIG, TASKS, attach, fold, is_adapter
 from llmctl.model.checkpoint import FILES, load_config, load_model
 from llmctl.model.config import LlmctlConfig
+from llmctl.model.families import carried
+from llmctl.model.generation import GENERATION_CONFIG, StoredGenerationConfig, read_generation_config
 from llmctl.model.hf import LlmctlForCausalLM, LlmctlPreTrainedModel
 from llmctl.model.nf4 import round_nf4
 from llmctl.model.vocabulary import grow_vocabulary
@@ -22,7 +22,6 @@ from llmctl.runs import find_runs, folder_hash, run_of
 if TYPE_CHECKING:
     from peft import PeftModel
 
-GENERATION_CONFIG = "generation_config.json"
 M = TypeVar("M", bound=LlmctlPreTrainedModel)
 
 
@@ -70,7 +69,7 @@ def open_adapter(folder: Path, dtype: torch.dtype | None = None) -> PeftModel:
     model = open_base(folder, torch.float32 if dtype is None else dtype)
     found = attach(model, folder)
     if (folder / GENERATION_CONFIG).is_file():
-        model.generation_config = GenerationConfig.from_dict(read_json(folder / GENERATION_CONFIG))
+        model.generation_config = read_generation_config(folder, carried(model.config))
     return found
 
 
@@ -98,6 +97,14 @@ def open_config(where: str | Path) -> LlmctlConfig:
     rows = (run_of(folder) or {}).get("vocab_size")
     config.vocab_size = max(config.vocab_size, rows or 0)
     return config
+
+
+def open_generation_config(where: str | Path) -> StoredGenerationConfig:
+    """The generation config of a model, or of an adapter, which has its base's if it brings none."""
+    folder = locate(str(where), FILES)
+    if is_adapter(folder) and not (folder / GENERATION_CONFIG).is_file():
+        return open_generation_config(base_of(folder))
+    return read_generation_config(folder, carried(open_config(folder)))
 
 
 def stored_dtype(where: str | Path) -> torch.dtype:

@@ -17,6 +17,7 @@ from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.adapters import is_adapter
 from llmctl.model.checkpoint import FILES
+from llmctl.model.generation import ids_in
 from llmctl.model.open import open_folded, open_model
 from llmctl.model.ready import ready
 from llmctl.recipe.generate import GenerateRecipe, SamplingSection
@@ -154,6 +155,4 @@ def written(
 
 def end_ids(model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     """The tokens that end a text: those of the model, and those of the tokenizer and its template."""
-    listed = model.generation_config.eos_token_id
-    listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
-    return frozenset([*listed, *stop_ids(tokenizer)])
+    return frozenset([*ids_in(model.generation_config.eos_token_id), *stop_ids(tokenizer)])

@@ -1,0 +1,109 @@
+"""`generation_config.json`: the token ids that llmctl uses, and everything else kept as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.utils import logging
+
+from llmctl.errors import UserError
+from llmctl.files import read_json, write_json
+
+GENERATION_CONFIG = "generation_config.json"
+# fields that hold a token id, or None; those in the second row may hold a list of them too
+ONE_ID = ("pad_token_id", "decoder_start_token_id")
+SOME_IDS = ("bos_token_id", "eos_token_id")
+
+
+class StoredGenerationConfig(GenerationConfig):
+    """A generation config that is saved as the file it was read from, with what was changed since.
+
+    transformers refuses to save a changed config with sampling fields but without `do_sample`, as Vicuna and Llama 2
+    ship it, drops fields it does not know of files that say `_from_model_config`, and leaves out what equals a default.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
+        self._stored = dict(fields)
+        self._read = self.to_dict()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as transformers asks for them."""
+        return {key: value for key, value in super().to_dict().items() if key not in ("_stored", "_read")}
+
+    def contents(self) -> dict[str, Any]:
+        """What is written: the file that was read, and the fields that have changed."""
+        changed = {key: value for key, value in self.to_dict().items() if value != self._read.get(key)}
+        return self._stored | changed
+
+    def save_pretrained(
+        self, save_directory: str | Path, config_file_name: str | Path | None = None, *_: Any, **__: Any
+    ) -> None:
+        """Write `generation_config.json`, whatever transformers thinks of its fields."""
+        write_json(Path(save_directory) / (config_file_name or GENERATION_CONFIG), self.contents())
+
+
+def read_generation_config(folder: Path, defaults: Mapping[str, Any]) -> StoredGenerationConfig:
+    """The generation config of a folder.
+
+    Args:
+        defaults: ids that `config.json` names, for those that the file does not name.
+
+    Raises UserError: a file that is no JSON object, or a field that is not a token id, or that transformers refuses.
+    """
+    path = folder / GENERATION_CONFIG
+    raw = read_json(path) if path.is_file() else {}
+    for name in (*ONE_ID, *SOME_IDS):
+        _check_ids(raw.get(name), name, path)
+    named = {name: value for name, value in defaults.items() if raw.get(name) is None and value is not None}
+    with _quiet():
+        try:
+            return StoredGenerationConfig(**raw | named)
+        # what transformers raises for values it can do nothing with
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            field = culprit(raw, lambda rest: GenerationConfig(**rest))
+            said = str(error.args[0] if error.args else error).strip().rstrip(".")
+            raise UserError(
+                f"{path}: {f'{field}: ' if field else ''}{said[:1].lower() + said[1:]}",
+                "mend or delete this field; transformers does not open the model with it either",
+            ) from None
+
+
+def ids_in(value: int | list[int] | None) -> list[int]:
+    """The ids that a field names: none, one or several. Negative ones, which some files have for none, are left out."""
+    listed = [] if value is None else [value] if isinstance(value, int) else list(value)
+    return [token for token in listed if token >= 0]
+
+
+def culprit(fields: Mapping[str, Any], build: Callable[[dict[str, Any]], Any]) -> str | None:
+    """The first field without which `build` takes the others; None if there is no such field."""
+    for name in fields:
+        try:
+            build({key: value for key, value in fields.items() if key != name})
+        except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError):
+            continue
+        return name
+    return None
+
+
+def _check_ids(value: Any, name: str, path: Path) -> None:
+    listed = value if name in SOME_IDS and isinstance(value, list) else [value]
+    for token in listed:
+        if token is not None and type(token) is not int or token is None and isinstance(value, list):
+            what = "a token id, or a list of them" if name in SOME_IDS else "a token id"
+            raise UserError(f"{path}: {name}: {token!r} is not {what}", f"write {what}, or null")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings about sampling fields: llmctl samples as its recipe says."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
