@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,18 @@ from transformers.utils import logging
 
 from llmctl.errors import UserError
 from llmctl.files import read_json, write_json
+from llmctl.model.notes import culprit
 
 GENERATION_CONFIG = "generation_config.json"
 # fields that hold a token id, or None; those in the second row may hold a list of them too
 ONE_ID = ("pad_token_id", "decoder_start_token_id")
 SOME_IDS = ("bos_token_id", "eos_token_id")
+FAULTS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+)  # what transformers raises for values it cannot use
 
 
 class StoredGenerationConfig(GenerationConfig):
@@ -63,12 +70,11 @@ def read_generation_config(folder: Path, defaults: Mapping[str, Any]) -> StoredG
     with _quiet():
         try:
             return StoredGenerationConfig(**raw | named)
-        # what transformers raises for values it can do nothing with
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            field = culprit(raw, lambda rest: GenerationConfig(**rest))
+        except FAULTS as error:
+            field = culprit(raw, lambda rest: GenerationConfig(**rest), FAULTS)
             said = str(error.args[0] if error.args else error).strip().rstrip(".")
             raise UserError(
-                f"{path}: {f'{field}: ' if field else ''}{said[:1].lower() + said[1:]}",
+                f"{path}: {f'{field}: ' if field else ''}{said}",
                 "mend or delete this field; transformers does not open the model with it either",
             ) from None
 
@@ -79,22 +85,11 @@ def ids_in(value: int | list[int] | None) -> list[int]:
     return [token for token in listed if token >= 0]
 
 
-def culprit(fields: Mapping[str, Any], build: Callable[[dict[str, Any]], Any]) -> str | None:
-    """The first field without which `build` takes the others; None if there is no such field."""
-    for name in fields:
-        try:
-            build({key: value for key, value in fields.items() if key != name})
-        except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError):
-            continue
-        return name
-    return None
-
-
 def _check_ids(value: Any, name: str, path: Path) -> None:
-    listed = value if name in SOME_IDS and isinstance(value, list) else [value]
-    for token in listed:
-        if token is not None and type(token) is not int or token is None and isinstance(value, list):
-            what = "a token id, or a list of them" if name in SOME_IDS else "a token id"
+    several = name in SOME_IDS
+    for token in value if several and isinstance(value, list) else [] if value is None else [value]:
+        if type(token) is not int:  # nor True
+            what = "a token id, or a list of them" if several else "a token id"
             raise UserError(f"{path}: {name}: {token!r} is not {what}", f"write {what}, or null")
 
 

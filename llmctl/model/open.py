@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+
 from llmctl.errors import UserError
 from llmctl.files import read_json
 from llmctl.locate import locate

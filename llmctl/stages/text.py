@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.batches import Batches, Laid, eval_batches, split_holdout
@@ -129,6 +130,11 @@ class TextRows:
         """The rows without where they came from."""
         return Laid(self.shards.ids, self.pieces, self.rows)
 
+    @property
+    def ended(self) -> np.ndarray:
+        """Whether each piece goes to the end of its document, bool [P]."""
+        return self.pieces.start + self.pieces.length == self.shards.doc_start[self.pieces.doc + 1]
+
     def bytes(self, max_rows: int | None = None) -> float:
         """UTF-8 bytes that the labels of the first `max_rows` rows stand for."""
         count = len(self.rows) if max_rows is None else min(max_rows, len(self.rows))
@@ -212,12 +218,6 @@ def pad_id_of(tokenizer: PreTrainedTokenizerFast) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
-def textless_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Tokens that stand for no text: beginning, end and padding. The unknown token stands for some."""
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return frozenset(token for token in ids if token is not None)
-
-
 def score_rows(
     model: LlmctlForCausalLM,
     text: TextRows,
@@ -227,9 +227,9 @@ def score_rows(
     max_rows: int | None = None,
 ) -> Score:
     """Score a model on rows; every document's tokens are predicted from that document alone."""
-    batches = eval_batches(text.laid, batch_size=batch_size, pad_id=pad_id_of(tokenizer), max_rows=max_rows)
-    special = textless_ids(tokenizer)
-    return score(model, batches, text.bytes(max_rows), special, compute)
+    laid = replace(text.laid, ended=None if tokenizer.eos_token_id is None else text.ended)
+    batches = eval_batches(laid, batch_size=batch_size, pad_id=pad_id_of(tokenizer), max_rows=max_rows)
+    return score(model, batches, text.bytes(max_rows), compute)
 
 
 def completion_pairs(

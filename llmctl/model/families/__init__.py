@@ -6,6 +6,8 @@ row: a model loaded from any of them is the same core with other values.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,15 @@ from llmctl.model.compressed import scheme_in
 from llmctl.model.config import MODEL_TYPE, LlmctlConfig
 from llmctl.model.families import bert, deepseek, gemma, gpt2, llama, mamba, moe, phi, t5
 from llmctl.model.families.row import Family, Inexpressible
+from llmctl.model.notes import culprit, say_once
 
 # transformers' own fields that travel with a model unchanged
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")
 START = "decoder_start_token_id"  # of an encoder–decoder
 LABELS = ("id2label", "label2id", "problem_type")  # of a model with a score head
+# of a file, not of a model: what it says of weights is looked up where they are opened, and code is not run
+OF_FILE = ("quantization_config", "dtype", "torch_dtype", "auto_map", "transformers_version")
+KEPT = "fields_kept"  # our config's attribute for what `_kept` finds: (family, fields)
 
 # in the order in which `auto` asks who can express a model
 FAMILIES: dict[str, Family] = {
@@ -46,20 +52,59 @@ def read_config(raw: dict[str, Any], where: str) -> LlmctlConfig:
             config uses something the row cannot express, or a value that makes no sense.
     """
     scheme_in(raw, where)  # weights in a format we cannot read are told first
-    raw = {key: _numbers(value) for key, value in raw.items() if key != "quantization_config"}
+    if raw.get("auto_map"):
+        say_once(f"{where}: auto_map names code of the model's own, which is not run")
+    raw = {key: _numbers(value) for key, value in raw.items() if key not in OF_FILE}
     name = raw.get("model_type")
-    if name != MODEL_TYPE and name not in FAMILIES:
+    if not isinstance(name, str) or (name != MODEL_TYPE and name not in FAMILIES):
         shown = "no model_type" if name is None else f"unsupported architecture `{name}`"
         raise UserError(f"{where}: {shown}", f"supported: {one_of([*FAMILIES, MODEL_TYPE])}")
     try:
-        if name == MODEL_TYPE:
-            return LlmctlConfig(**{key: value for key, value in raw.items() if key != "model_type"})
-        return _translated(name, AutoConfig.for_model(**raw))
+        return _without_stray_padding(_config(name, raw), where)
     except Inexpressible as error:
         raise UserError(f"{where}: {name} config is not supported: {error}", "see docs/model.md") from None
-    # what transformers and pydantic raise for values of the wrong type or size
-    except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError) as error:
-        raise UserError(f"{where}: {_reason(error)}", "copy or download the model again") from error
+    except FAULTS as error:
+        reason = _reason(error)
+        if not any(field in reason for field in raw):  # as in "integer modulo by zero"
+            field = culprit(raw, partial(_config, name), (*FAULTS, Inexpressible))
+            reason = reason if field is None else f"{field} {raw[field]!r}: {reason}"
+        raise UserError(f"{where}: {reason}", "copy or download the model again") from error
+
+
+# what transformers and pydantic raise for values of the wrong type or size
+FAULTS = (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError, ArithmeticError)
+
+
+def _config(name: str, raw: Mapping[str, Any]) -> LlmctlConfig:
+    if name == MODEL_TYPE:
+        return LlmctlConfig(**{key: value for key, value in raw.items() if key != "model_type"})
+    config = _translated(name, AutoConfig.for_model(**{**raw, "model_type": name}))
+    setattr(config, KEPT, (name, _kept(name, raw)))
+    return config
+
+
+def _kept(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that no architecture of transformers knows, or that say how a model is used; they are saved as they were."""
+    known = AutoConfig.for_model(name)
+    return {
+        key: value
+        for key, value in raw.items()
+        if key == "use_cache"
+        or not (key in SPOKEN or key.startswith("_") or key in vars(known) or key in known.attribute_map)
+    }
+
+
+# older words for what transformers reads into other fields
+SPOKEN = ("model_type", "architectures", "rope_theta", "rope_scaling", "partial_rotary_factor", "head_dim")
+
+
+def _without_stray_padding(config: LlmctlConfig, where: str) -> LlmctlConfig:
+    """The config, without a padding token that the model has no row for: transformers would not open it."""
+    pad = config.pad_token_id
+    if pad is not None and pad >= config.vocab_size:
+        say_once(f"{where}: pad_token_id {pad} is beyond the vocabulary of {config.vocab_size:,}: left out")
+        config.pad_token_id = None
+    return config
 
 
 def _numbers(value: Any) -> Any:
@@ -87,7 +132,8 @@ def _written(name: str, config: LlmctlConfig) -> dict[str, Any]:
     fields = FAMILIES[name].to_theirs(config.spec)
     written = AutoConfig.for_model(name, **fields, **carried(config, *LABELS)).to_diff_dict()
     FAMILIES[name].finish(config.spec, written)
-    return written
+    family, kept = getattr(config, KEPT, (None, {}))
+    return kept | written if family == name else written
 
 
 def _reason(error: Exception) -> str:
@@ -123,4 +169,5 @@ def write_config(config: LlmctlConfig) -> tuple[str, dict[str, Any]]:
                 f"model.family: `{name}` cannot express {error}",
                 "set model.family to auto, or change that field",
             ) from None
-    return MODEL_TYPE, config.to_diff_dict() | {"model_type": MODEL_TYPE}
+    fields = {key: value for key, value in config.to_diff_dict().items() if key != KEPT}
+    return MODEL_TYPE, fields | {"model_type": MODEL_TYPE}
