@@ -227,9 +227,13 @@ def _fill_packed(
 
 def head_in(config: LlmctlConfig) -> tuple[str, str] | None:
     """The key of `KINDS` for what `config.json` says a model is, and the class that it names; None if it names none."""
-    plain = FAMILIES[config.spec.family].plain_name if config.spec.family in FAMILIES else str
-    names = config.architectures or []
-    return next(((end, name) for name in names for end in KINDS if plain(name).endswith(end)), None)
+    family = FAMILIES.get(config.spec.family)
+    plain, prefix = (family.plain_name, family.prefix) if family else (str, "Llmctl")
+    listed = [config.architectures] if isinstance(config.architectures, str) else config.architectures or []
+    # a name of another family says nothing of this one: transformers goes by model_type
+    names = [name for name in listed if name.startswith((prefix, "Llmctl"))]
+    found = [(end, name) for name in names for end in KINDS if plain(name).endswith(end)]
+    return next((held for held in found if held[0] != BACKBONE), found[0] if found else None)
 
 
 def _refuse_other_kind(folder: Path, config: LlmctlConfig, kind: type[LlmctlPreTrainedModel]) -> None:

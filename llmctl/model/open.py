@@ -13,11 +13,12 @@ from llmctl.locate import locate
 from llmctl.model.adapters import ADAPTER_CONFIG, TASKS, attach, fold, is_adapter
 from llmctl.model.checkpoint import FILES, load_config, load_model
 from llmctl.model.config import LlmctlConfig
-from llmctl.model.families import carried
+from llmctl.model.families import carried, dtype_named
 from llmctl.model.generation import GENERATION_CONFIG, StoredGenerationConfig, read_generation_config
 from llmctl.model.hf import LlmctlForCausalLM, LlmctlPreTrainedModel
 from llmctl.model.nf4 import round_nf4
 from llmctl.model.vocabulary import grow_vocabulary
+from llmctl.model.weights import dtype_in
 from llmctl.runs import find_runs, folder_hash, run_of
 
 if TYPE_CHECKING:
@@ -113,10 +114,7 @@ def stored_dtype(where: str | Path) -> torch.dtype:
     folder = locate(str(where), FILES)
     if is_adapter(folder):
         return stored_dtype(base_of(folder))
-    raw = read_json(folder / "config.json")
-    named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
-    found = getattr(torch, named.removeprefix("torch."), None)
-    return found if isinstance(found, torch.dtype) else torch.float32
+    return dtype_named(read_json(folder / "config.json"), str(folder / "config.json")) or dtype_in(folder)
 
 
 def base_of(folder: Path) -> str:

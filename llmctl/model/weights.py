@@ -125,6 +125,14 @@ def open_weights(folder: Path, stack: ExitStack, allow_pickle: bool) -> dict[str
     return _contents([_open_pickled(path) for path in paths])
 
 
+def dtype_in(folder: Path) -> torch.dtype:
+    """The precision of the first weight of a model folder, as transformers takes for `auto`. Raises as `open_weights`."""
+    with ExitStack() as stack:
+        tensors = open_weights(folder, stack, allow_pickle=False).values()
+        dtypes = (tensor.mapped().dtype for tensor in tensors)
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
 def _contents(files: list[Any]) -> dict[str, Stored]:
     return {name: Stored(file, name) for file in files for name in file.names()}
 

@@ -85,9 +85,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: bool, wher
         if tokenizer.chat_template is None:
             raise UserError(f"{where}: the tokenizer has no chat template", "leave out --chat")
         try:
-            return Renderer(tokenizer).prompt_ids([{"role": "user", "content": prompt}])
+            ids = Renderer(tokenizer).prompt_ids([{"role": "user", "content": prompt}])
         except RenderError as error:
             raise UserError(f"{where}: {error}", error.hint) from None
+        if not ids:
+            raise UserError(f"{where}: the chat template writes nothing", "leave out --chat")
+        return ids
     ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if tokenizer.bos_token_id is not None:
         ids.insert(0, tokenizer.bos_token_id)

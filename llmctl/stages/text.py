@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from llmctl.data.batches import Batches, Laid, eval_batches, split_holdout
 from llmctl.data.packing import Pieces, Rows, cut, pack, text_bytes, unpacked
 from llmctl.data.shards import Encoder, Shards, open_shards
-from llmctl.errors import UserError
+from llmctl.errors import UserError, one_of
 from llmctl.evaluate.perplexity import Score, score
 from llmctl.kernels.device import Compute
 from llmctl.model import LlmctlForCausalLM, compile_blocks, recompute_activations
@@ -58,9 +58,15 @@ def refuse_mismatch(tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: 
     """Raise UserError if the tokenizer can give ids that the model has no row for."""
     needed = highest_id(tokenizer) + 1
     if needed > vocab_size:
+        beyond = [token for token, number in tokenizer.get_vocab().items() if number >= vocab_size]
+        added = tokenizer.get_added_vocab()
+        names = one_of(sorted(beyond, key=added.__getitem__)) if set(beyond) <= added.keys() else None
         raise UserError(
-            f"{where}: the tokenizer needs {needed:,} rows, but the model has vocab_size {vocab_size:,}",
-            "use the tokenizer the model was trained with",
+            f"{where}: the tokenizer needs {needed:,} rows, but the model has vocab_size {vocab_size:,}"
+            + (f": none for {names}" if names else ""),
+            "take what was added out of the tokenizer's files, or give the model rows for it"
+            if names
+            else "use the tokenizer the model was trained with",
         )
 
 

@@ -6,11 +6,13 @@ row: a model loaded from any of them is the same core with other values.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import ValidationError
 from transformers import AutoConfig, PreTrainedConfig
@@ -52,6 +54,7 @@ def read_config(raw: dict[str, Any], where: str) -> LlmctlConfig:
             config uses something the row cannot express, or a value that makes no sense.
     """
     scheme_in(raw, where)  # weights in a format we cannot read are told first
+    dtype_named(raw, where)
     if raw.get("auto_map"):
         say_once(f"{where}: auto_map names code of the model's own, which is not run")
     raw = {key: _numbers(value) for key, value in raw.items() if key not in OF_FILE}
@@ -59,6 +62,7 @@ def read_config(raw: dict[str, Any], where: str) -> LlmctlConfig:
     if not isinstance(name, str) or (name != MODEL_TYPE and name not in FAMILIES):
         shown = "no model_type" if name is None else f"unsupported architecture `{name}`"
         raise UserError(f"{where}: {shown}", f"supported: {one_of([*FAMILIES, MODEL_TYPE])}")
+    _refuse_no_size(name, raw, where)
     try:
         return _without_stray_padding(_config(name, raw), where)
     except Inexpressible as error:
@@ -78,9 +82,33 @@ FAULTS = (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError,
 def _config(name: str, raw: Mapping[str, Any]) -> LlmctlConfig:
     if name == MODEL_TYPE:
         return LlmctlConfig(**{key: value for key, value in raw.items() if key != "model_type"})
-    config = _translated(name, AutoConfig.for_model(**{**raw, "model_type": name}))
+    config = _translated(
+        name, AutoConfig.for_model(**copy.deepcopy({**raw, "model_type": name}))
+    )  # which writes into what it is given
     setattr(config, KEPT, (name, _kept(name, raw)))
     return config
+
+
+def _refuse_no_size(name: str, raw: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a size that is not positive: transformers would divide by it."""
+    sizes = FAMILIES[name].sizes if name in FAMILIES else {}
+    for ours, theirs in sizes.items():
+        if ours in SIZES and type(raw.get(theirs)) is int and raw[theirs] <= 0:
+            raise UserError(
+                f"{where}: {theirs}: should be greater than 0", "copy or download the model again"
+            )
+
+
+SIZES = frozenset(
+    {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    }
+)
 
 
 def _kept(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,11 +128,29 @@ SPOKEN = ("model_type", "architectures", "rope_theta", "rope_scaling", "partial_
 
 def _without_stray_padding(config: LlmctlConfig, where: str) -> LlmctlConfig:
     """The config, without a padding token that the model has no row for: transformers would not open it."""
-    pad = config.pad_token_id
+    pad = getattr(config, "pad_token_id", None)  # our own kind has it only where it was given
     if pad is not None and pad >= config.vocab_size:
         say_once(f"{where}: pad_token_id {pad} is beyond the vocabulary of {config.vocab_size:,}: left out")
         config.pad_token_id = None
     return config
+
+
+def dtype_named(raw: Mapping[str, Any], where: str) -> torch.dtype | None:
+    """The precision that the contents of a `config.json` name; None if that is as the weights are stored.
+
+    Raises UserError if it is no precision of weights.
+    """
+    field = "dtype" if raw.get("dtype") is not None else "torch_dtype"
+    named = raw.get(field)
+    if named is None or named == "auto":
+        return None
+    found = getattr(torch, str(named).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(
+            f"{where}: {field}: `{named}` is not a precision of weights",
+            "write float32, bfloat16, float16 or auto",
+        )
+    return found
 
 
 def _numbers(value: Any) -> Any:
@@ -144,7 +190,8 @@ def _reason(error: Exception) -> str:
         said = first["msg"].replace("Input should", "should").removeprefix("Value error, ")
         return f"{place}: {said}" if place else said
     said = str(error.args[0] if error.args else error).strip().splitlines()[-1].strip()
-    said = said.removeprefix("TypeError: ").removeprefix("ValueError: ").rstrip(".")
+    said = said.removeprefix("TypeError: ").removeprefix("ValueError: ")
+    said = said.partition(". Errors: ")[0].rstrip(".")  # one for each type that would have done
     return said[:1].lower() + said[1:]
 
 
