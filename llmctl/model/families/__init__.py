@@ -68,10 +68,9 @@ def read_config(raw: dict[str, Any], where: str) -> LlmctlConfig:
     except Inexpressible as error:
         raise UserError(f"{where}: {name} config is not supported: {error}", "see docs/model.md") from None
     except FAULTS as error:
-        reason = _reason(error)
-        if not any(field in reason for field in raw):  # as in "integer modulo by zero"
-            field = culprit(raw, partial(_config, name), (*FAULTS, Inexpressible))
-            reason = reason if field is None else f"{field} {raw[field]!r}: {reason}"
+        reason, field = _reason(error), culprit(raw, partial(_config, name), (*FAULTS, Inexpressible))
+        if field is not None and field not in reason:  # as in "invalid literal for int()"
+            reason = f"{field}: {reason}"
         raise UserError(f"{where}: {reason}", "copy or download the model again") from error
 
 
@@ -179,7 +178,7 @@ def _written(name: str, config: LlmctlConfig) -> dict[str, Any]:
     written = AutoConfig.for_model(name, **fields, **carried(config, *LABELS)).to_diff_dict()
     FAMILIES[name].finish(config.spec, written)
     family, kept = getattr(config, KEPT, (None, {}))
-    return kept | written if family == name else written
+    return written | kept if family == name else written
 
 
 def _reason(error: Exception) -> str:
