@@ -54,10 +54,12 @@ def read_config(raw: dict[str, Any], where: str) -> LlmctlConfig:
             config uses something the row cannot express, or a value that makes no sense.
     """
     scheme_in(raw, where)  # weights in a format we cannot read are told first
-    dtype_named(raw, where)
+    dtype = dtype_named(raw, where)
     if raw.get("auto_map"):
         say_once(f"{where}: auto_map names code of the model's own, which is not run")
     raw = {key: _numbers(value) for key, value in raw.items() if key not in OF_FILE}
+    if dtype is not None:
+        raw["dtype"] = str(dtype).removeprefix("torch.")  # the only form that transformers' config can read
     name = raw.get("model_type")
     if not isinstance(name, str) or (name != MODEL_TYPE and name not in FAMILIES):
         shown = "no model_type" if name is None else f"unsupported architecture `{name}`"
