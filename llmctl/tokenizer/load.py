@@ -18,7 +18,7 @@ from llmctl.locate import locate
 from llmctl.tokenizer.files import CONFIG, DAMAGED, TOKENIZER, check_files, has_own_code, other_vocabularies
 
 MODEL_CONFIG = "config.json"
-FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # of a repository on the hub
+FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]  # of a repository on the hub
 
 # Parts of tokenizer.json that a call may change on the way (padding=True); not part of its identity.
 FLEETING = ("truncation", "padding")

@@ -138,6 +138,9 @@ OPENS: dict[str, Change] = {
     "a name and a newer version": fields(CONFIG, _name_or_path="a/b", transformers_version="9.9.9"),
     "code of its own": fields(CONFIG, auto_map={"AutoModelForCausalLM": "modeling_x.X"}),
     "quantization_config null": fields(CONFIG, quantization_config=None),
+    "quantized by nothing": fields(
+        CONFIG, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}
+    ),
     "max_position_embeddings missing": fields(CONFIG, max_position_embeddings=GONE),
     "sampling in config.json": fields(CONFIG, temperature=0.7, top_p=0.9, max_length=20, do_sample=True),
     "fields nobody knows": fields(CONFIG, of_our_own={"a": [1]}, mup_width=3),
@@ -208,6 +211,10 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
     "bitsandbytes": (
         fields(CONFIG, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         shows(CONFIG, "quantized (bitsandbytes)"),
+    ),
+    "bitsandbytes, as it was": (
+        fields(CONFIG, quantization_config={"load_in_8bit": True}),
+        shows(CONFIG, "quantization_config: the weights are quantized (bitsandbytes)"),
     ),
     "an empty config": (text(CONFIG, ""), shows(CONFIG, "not valid JSON")),
     "a list for a config": (text(CONFIG, "[]"), shows(CONFIG, "not a JSON object")),

@@ -16,9 +16,14 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
+from llmctl.errors import UserError
+from llmctl.evaluate.scores import scores
+from llmctl.kernels.device import Compute
+from llmctl.model.classify import open_scorer
 from llmctl.recipe.chat import ChatRecipe
 from llmctl.recipe.convert import ConvertRecipe
 from llmctl.recipe.generate import GenerateRecipe
@@ -157,6 +162,17 @@ def test_sampling_fields_end_no_run_at_its_first_save(tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(tmp_path / "whole")
 
 
+def test_a_chat_template_that_writes_nothing(tmp_path: Path) -> None:
+    base = made(tmp_path / "m", template="{# nothing #}")
+    said = f"{base}: the chat template writes nothing"
+    with pytest.raises(UserError) as caught:
+        chat.begin(recipe(ChatRecipe, base), SILENT).ask("w4")
+    assert caught.value.message == said
+    with pytest.raises(UserError) as caught:
+        generate.run(recipe(GenerateRecipe, base, generate__chat=True), "w4", SILENT)
+    assert (caught.value.message, caught.value.hint) == (said, "leave out --chat")
+
+
 # --- special by place, not by id --------------------------------------------------------------------
 
 
@@ -184,3 +200,20 @@ def test_words_that_are_padding_too_count_as_text(pad: str | None, tmp_path: Pat
     assert found["bytes"] == size and found["tokens"] == len(nats) + len(ends)
     assert found["loss"] == pytest.approx((sum(nats) + sum(ends)) / len([*nats, *ends]), rel=1e-4)
     assert found["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, rel=1e-4)
+
+
+@pytest.mark.parametrize("pad", [None, -1, 0, EOS])
+def test_answers_are_scored_alike_alone_and_beside_longer_ones(pad: int | None, tmp_path: Path) -> None:
+    """Where a row ends is known by its mask; transformers, one row at a time, knows the padding token alone."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        initializer_range=0.5, num_labels=1, pad_token_id=pad, bos_token_id=BOS, eos_token_id=EOS,
+    )  # fmt: skip
+    theirs = LlamaForSequenceClassification(config).eval()
+    theirs.save_pretrained(tmp_path)
+    rows = [[BOS, 5, 9, 7], [BOS, 4], [BOS, 11, 12, 13, 14, 15, 6], [BOS, 8, 9, EOS]]
+    found = scores(open_scorer(tmp_path), rows, Compute(torch.device("cpu"), torch.float32), batch_size=3)
+    with torch.no_grad():
+        wanted = [float(theirs(torch.tensor([row])).logits[0, 0]) for row in rows]
+    assert found == pytest.approx(wanted, abs=1e-5)

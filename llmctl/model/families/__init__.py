@@ -100,16 +100,9 @@ def _refuse_no_size(name: str, raw: Mapping[str, Any], where: str) -> None:
             )
 
 
-SIZES = frozenset(
-    {
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    }
-)
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
 
 
 def _kept(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,13 +111,17 @@ def _kept(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in raw.items()
-        if key == "use_cache"
+        if key in USE
         or not (key in SPOKEN or key.startswith("_") or key in vars(known) or key in known.attribute_map)
     }
 
 
-# older words for what transformers reads into other fields
-SPOKEN = ("model_type", "architectures", "rope_theta", "rope_scaling", "partial_rotary_factor", "head_dim")
+USE = ("use_cache",)  # says how a model is used, and nothing of what it is
+# fields of config.json that are read here, though transformers' classes have no such attribute; rope has older words
+SPOKEN = frozenset({
+    "model_type", "architectures", "rope_theta", "rope_scaling", "partial_rotary_factor", "max_position_embeddings",
+    "router_aux_loss_coef", "output_router_logits", *moe.TRAINING,
+})  # fmt: skip
 
 
 def _without_stray_padding(config: LlmctlConfig, where: str) -> LlmctlConfig:
@@ -180,7 +177,7 @@ def _written(name: str, config: LlmctlConfig) -> dict[str, Any]:
     written = AutoConfig.for_model(name, **fields, **carried(config, *LABELS)).to_diff_dict()
     FAMILIES[name].finish(config.spec, written)
     family, kept = getattr(config, KEPT, (None, {}))
-    return written | kept if family == name else written
+    return written if family != name else kept | written | {key: kept[key] for key in USE if key in kept}
 
 
 def _reason(error: Exception) -> str:
