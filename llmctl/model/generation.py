@@ -64,6 +64,9 @@ def read_generation_config(folder: Path, defaults: Mapping[str, Any]) -> StoredG
     """
     path = folder / GENERATION_CONFIG
     raw = read_json(path) if path.is_file() else {}
+    for name in raw:
+        if name in dir(StoredGenerationConfig):  # its methods: a field of that name would take their place
+            raise UserError(f"{path}: {name}: no field has this name", "delete this field")
     for name in (*ONE_ID, *SOME_IDS):
         _check_ids(raw.get(name), name, path)
     named = {name: value for name, value in defaults.items() if raw.get(name) is None and value is not None}

@@ -144,9 +144,9 @@ def _paths(folder: Path, single: str, index: str) -> list[Path] | None:
     if not (folder / index).is_file():
         return None
     names = read_json(folder / index).get("weight_map")
-    if not isinstance(names, dict) or not names:
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{folder / index}: lists no weights", "copy or download the model again")
-    paths = [folder / str(name) for name in sorted(set(names.values()))]
+    paths = [folder / name for name in sorted(set(names.values()))]
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: missing, though {index} lists it", "copy or download it again")

@@ -64,7 +64,7 @@ def read_config(raw: dict[str, Any], where: str) -> LlmctlConfig:
     if not isinstance(name, str) or (name != MODEL_TYPE and name not in FAMILIES):
         shown = "no model_type" if name is None else f"unsupported architecture `{name}`"
         raise UserError(f"{where}: {shown}", f"supported: {one_of([*FAMILIES, MODEL_TYPE])}")
-    _refuse_no_size(name, raw, where)
+    _refuse_garbage(name, raw, where)
     try:
         return _without_stray_padding(_config(name, raw), where)
     except Inexpressible as error:
@@ -90,19 +90,30 @@ def _config(name: str, raw: Mapping[str, Any]) -> LlmctlConfig:
     return config
 
 
-def _refuse_no_size(name: str, raw: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for a size that is not positive: transformers would divide by it."""
-    sizes = FAMILIES[name].sizes if name in FAMILIES else {}
+def _refuse_garbage(name: str, raw: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for sizes that transformers would divide by, or ask for memory of, and names that are none."""
+    sizes = FAMILIES[name].sizes if name in FAMILIES else {ours: ours for ours in SIZES}
     for ours, theirs in sizes.items():
-        if ours in SIZES and type(raw.get(theirs)) is int and raw[theirs] <= 0:
+        size, most = raw.get(theirs), SIZES.get(ours)
+        if most is not None and type(size) is int and not 0 < size <= most:
             raise UserError(
-                f"{where}: {theirs}: should be greater than 0", "copy or download the model again"
+                f"{where}: {theirs}: should be greater than 0"
+                + (f", and at most {most:,}" if size > most else ""),
+                "copy or download the model again",
             )
+    listed = raw.get("architectures") or []
+    if not isinstance(listed, str | list) or not all(isinstance(one, str) for one in listed):
+        raise UserError(
+            f"{where}: architectures: {listed!r} is not a list of names", "copy or download the model again"
+        )
 
 
-SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-)  # fmt: skip
+LARGEST = 2**31 - 1
+# our sizes -> the most that a config can mean
+SIZES = {
+    "vocab_size": LARGEST, "hidden_size": LARGEST, "intermediate_size": LARGEST, "head_dim": LARGEST,
+    "num_hidden_layers": 10_000, "num_attention_heads": LARGEST, "num_key_value_heads": LARGEST,
+}  # fmt: skip
 
 
 def _kept(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
