@@ -93,14 +93,15 @@ def _config(name: str, raw: Mapping[str, Any]) -> LlmctlConfig:
 def _refuse_garbage(name: str, raw: Mapping[str, Any], where: str) -> None:
     """Raise UserError for sizes that transformers would divide by, or ask for memory of, and names that are none."""
     sizes = FAMILIES[name].sizes if name in FAMILIES else {ours: ours for ours in SIZES}
-    for ours, theirs in sizes.items():
-        size, most = raw.get(theirs), SIZES.get(ours)
-        if most is not None and type(size) is int and not 0 < size <= most:
-            raise UserError(
-                f"{where}: {theirs}: should be greater than 0"
-                + (f", and at most {most:,}" if size > most else ""),
-                "copy or download the model again",
-            )
+    bounds = {theirs: SIZES[ours] for ours, theirs in sizes.items() if ours in SIZES} | {
+        "num_labels": LARGEST >> 8
+    }
+    for field, most in bounds.items():
+        size = raw.get(field)
+        least = 0 if field == "num_labels" else 1
+        if type(size) is int and not least <= size <= most:
+            how = f"less than or equal to {most}" if size > most else "greater than 0"
+            raise UserError(f"{where}: {field}: should be {how}", "copy or download the model again")
     listed = raw.get("architectures") or []
     if not isinstance(listed, str | list) or not all(isinstance(one, str) for one in listed):
         raise UserError(
