@@ -65,11 +65,8 @@ def score(
         labels = moved["labels"][:, 1:].flatten()
         tokens += int((labels != IGNORE).sum())
         # by place, not by id: an unknown token that is the padding or end token too stands for text all the same
-        is_end = (
-            moved["is_end"][:, 1:].flatten()
-            if "is_end" in moved
-            else torch.zeros_like(labels, dtype=torch.bool)
-        )
+        ends = moved.get("is_end", torch.zeros_like(moved["labels"], dtype=torch.bool))
+        is_end = ends[:, 1:].flatten()
         with compute.autocast():
             hidden = model.model(moved["input_ids"], position_ids=moved["position_ids"]).last_hidden_state
             flat = hidden[:, :-1].flatten(0, 1)

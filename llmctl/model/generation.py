@@ -15,15 +15,11 @@ from llmctl.files import read_json, write_json
 from llmctl.model.notes import culprit
 
 GENERATION_CONFIG = "generation_config.json"
-# fields that hold a token id, or None; those in the second row may hold a list of them too
+# fields that hold a token id or null; those in the second row may hold a list of ids too
 ONE_ID = ("pad_token_id", "decoder_start_token_id")
 SOME_IDS = ("bos_token_id", "eos_token_id")
-FAULTS = (
-    ValueError,
-    TypeError,
-    AttributeError,
-    KeyError,
-)  # what transformers raises for values it cannot use
+# what transformers raises for values it cannot use
+FAULTS = (ValueError, TypeError, AttributeError, KeyError)
 
 
 class StoredGenerationConfig(GenerationConfig):
@@ -55,15 +51,20 @@ class StoredGenerationConfig(GenerationConfig):
 
 
 def read_generation_config(folder: Path, defaults: Mapping[str, Any]) -> StoredGenerationConfig:
-    """The generation config of a folder.
+    """The generation config of a folder; of its `config.json` if it has none.
 
     Args:
         defaults: ids that `config.json` names, for those that the file does not name.
 
     Raises UserError: a file that is no JSON object, or a field that is not a token id, or that transformers refuses.
     """
-    path = folder / GENERATION_CONFIG
-    raw = read_json(path) if path.is_file() else {}
+    path, model = folder / GENERATION_CONFIG, folder / "config.json"
+    if path.is_file():
+        raw = read_json(path)
+    else:  # as transformers does, for models from before there was such a file
+        path, known = model, vars(GenerationConfig()).keys() - {"transformers_version"}
+        found = read_json(model) if model.is_file() else {}
+        raw = {name: value for name, value in found.items() if name in known and not name.startswith("_")}
     for name in raw:
         if name in dir(StoredGenerationConfig):  # its methods: a field of that name would take their place
             raise UserError(f"{path}: {name}: no field has this name", "delete this field")

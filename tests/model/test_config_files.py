@@ -289,6 +289,28 @@ def test_transformers_generates_by_the_file(folder: Path) -> None:
     assert found[0] == found[1] and len(found[0][0]) == IDS.shape[1] + 5
 
 
+def test_sampling_fields_of_an_old_config_are_kept_as_transformers_reads_them(
+    folder: Path, tmp_path: Path
+) -> None:
+    """There was a time before generation_config.json."""
+    (folder / GENERATION).unlink()
+    fields(CONFIG, do_sample=True, temperature=0.7, max_length=9, eos_token_id=[2, 7])(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).generation_config
+    ours = load_model(folder)
+    save_model(ours, tmp_path / "saved")
+    again = GenerationConfig.from_pretrained(tmp_path / "saved")
+    for found in (ours.generation_config, again):
+        for name in (
+            "do_sample",
+            "temperature",
+            "max_length",
+            "eos_token_id",
+            "bos_token_id",
+            "pad_token_id",
+        ):
+            assert getattr(found, name) == getattr(theirs, name), name
+
+
 ENDS = {
     # config.json, generation_config.json -> what ends a generation
     "the generation config's": (2, [2, 7], [2, 7]),

@@ -83,19 +83,19 @@ FAULTS = (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError,
 def _config(name: str, raw: Mapping[str, Any]) -> LlmctlConfig:
     if name == MODEL_TYPE:
         return LlmctlConfig(**{key: value for key, value in raw.items() if key != "model_type"})
-    config = _translated(
-        name, AutoConfig.for_model(**copy.deepcopy({**raw, "model_type": name}))
-    )  # which writes into what it is given
+    theirs = AutoConfig.for_model(
+        **copy.deepcopy({**raw, "model_type": name})
+    )  # it writes into what it is given
+    config = _translated(name, theirs)
     setattr(config, KEPT, (name, _kept(name, raw)))
     return config
 
 
 def _refuse_garbage(name: str, raw: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for sizes that transformers would divide by, or ask for memory of, and names that are none."""
+    """Raise UserError for sizes that transformers would divide by or build lists of, and `architectures` without names."""
     sizes = FAMILIES[name].sizes if name in FAMILIES else {ours: ours for ours in SIZES}
-    bounds = {theirs: SIZES[ours] for ours, theirs in sizes.items() if ours in SIZES} | {
-        "num_labels": LARGEST >> 8
-    }
+    bounds = {theirs: SIZES[ours] for ours, theirs in sizes.items() if ours in SIZES}
+    bounds["num_labels"] = MOST_LABELS
     for field, most in bounds.items():
         size = raw.get(field)
         least = 0 if field == "num_labels" else 1
@@ -109,7 +109,7 @@ def _refuse_garbage(name: str, raw: Mapping[str, Any], where: str) -> None:
         )
 
 
-LARGEST = 2**31 - 1
+LARGEST, MOST_LABELS = 2**31 - 1, 10**6
 # our sizes -> the most that a config can mean
 SIZES = {
     "vocab_size": LARGEST, "hidden_size": LARGEST, "intermediate_size": LARGEST, "head_dim": LARGEST,
