@@ -238,9 +238,12 @@ class _Templated:
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
         try:
-            return self._renderer.prompt_ids(messages)
+            ids = self._renderer.prompt_ids(messages)
         except RenderError as error:
             raise UserError(f"{self._where}: {error}", MEND) from None
+        if not ids:
+            raise UserError(f"{self._where}: the chat template writes nothing", MEND)
+        return ids
 
     def refuse_system(self) -> None:
         turns: list[Message] = [{"role": "system", "content": MARK}, {"role": "user", "content": "?"}]

@@ -18,6 +18,7 @@ from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.adapters import is_adapter
 from llmctl.model.checkpoint import FILES
+from llmctl.model.generation import ids_in
 from llmctl.model.open import open_folded, open_model
 from llmctl.model.ready import ready
 from llmctl.recipe.generate import GenerateRecipe, SamplingSection
@@ -86,9 +87,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: bool, wher
         if tokenizer.chat_template is None:
             raise UserError(f"{where}: the tokenizer has no chat template", "leave out --chat")
         try:
-            return Renderer(tokenizer).prompt_ids([{"role": "user", "content": prompt}])
+            ids = Renderer(tokenizer).prompt_ids([{"role": "user", "content": prompt}])
         except RenderError as error:
             raise UserError(f"{where}: {error}", error.hint) from None
+        if not ids:
+            raise UserError(f"{where}: the chat template writes nothing", "leave out --chat")
+        return ids
     ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if tokenizer.bos_token_id is not None:
         ids.insert(0, tokenizer.bos_token_id)
@@ -156,6 +160,4 @@ def written(
 
 def end_ids(model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     """The tokens that end a text: those of the model, and those of the tokenizer and its template."""
-    listed = model.generation_config.eos_token_id
-    listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
-    return frozenset([*listed, *stop_ids(tokenizer)])
+    return frozenset([*ids_in(model.generation_config.eos_token_id), *stop_ids(tokenizer)])

@@ -139,7 +139,7 @@ def talk_loss(model: Tuned, base: Base, laid: Laid, recipe: SftRecipe) -> dict[s
         pad_id=pad_id_of(base.tokenizer),
         max_rows=settings.eval_max_rows,
     )
-    figures = score(model.inner, batches, 0.0, frozenset(), base.compute).figures()
+    figures = score(model.inner, batches, 0.0, base.compute).figures()
     return {name: figures[name] for name in ("loss", "perplexity", "tokens")}
 
 

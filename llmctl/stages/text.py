@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.batches import Batches, Laid, eval_batches, split_holdout
 from llmctl.data.packing import Pieces, Rows, cut, pack, text_bytes, unpacked
 from llmctl.data.shards import Encoder, Shards, open_shards
-from llmctl.errors import UserError
+from llmctl.errors import UserError, one_of
 from llmctl.evaluate.perplexity import Score, score
 from llmctl.kernels.device import Compute
 from llmctl.model import LlmctlForCausalLM, compile_blocks, recompute_activations
@@ -57,9 +58,15 @@ def refuse_mismatch(tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: 
     """Raise UserError if the tokenizer can give ids that the model has no row for."""
     needed = highest_id(tokenizer) + 1
     if needed > vocab_size:
+        beyond = [token for token, number in tokenizer.get_vocab().items() if number >= vocab_size]
+        added = tokenizer.get_added_vocab()
+        names = one_of(sorted(beyond, key=added.__getitem__)) if set(beyond) <= added.keys() else None
         raise UserError(
-            f"{where}: the tokenizer needs {needed:,} rows, but the model has vocab_size {vocab_size:,}",
-            "use the tokenizer the model was trained with",
+            f"{where}: the tokenizer needs {needed:,} rows, but the model has vocab_size {vocab_size:,}"
+            + (f": none for {names}" if names else ""),
+            "take what was added out of the tokenizer's files, or give the model rows for it"
+            if names
+            else "use the tokenizer the model was trained with",
         )
 
 
@@ -128,6 +135,11 @@ class TextRows:
     def laid(self) -> Laid:
         """The rows without where they came from."""
         return Laid(self.shards.ids, self.pieces, self.rows)
+
+    @property
+    def ended(self) -> np.ndarray:
+        """Whether each piece goes to the end of its document, bool [P]."""
+        return self.pieces.start + self.pieces.length == self.shards.doc_start[self.pieces.doc + 1]
 
     def bytes(self, max_rows: int | None = None) -> float:
         """UTF-8 bytes that the labels of the first `max_rows` rows stand for."""
@@ -212,12 +224,6 @@ def pad_id_of(tokenizer: PreTrainedTokenizerFast) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
-def textless_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Tokens that stand for no text: beginning, end and padding. The unknown token stands for some."""
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return frozenset(token for token in ids if token is not None)
-
-
 def score_rows(
     model: LlmctlForCausalLM,
     text: TextRows,
@@ -227,9 +233,9 @@ def score_rows(
     max_rows: int | None = None,
 ) -> Score:
     """Score a model on rows; every document's tokens are predicted from that document alone."""
-    batches = eval_batches(text.laid, batch_size=batch_size, pad_id=pad_id_of(tokenizer), max_rows=max_rows)
-    special = textless_ids(tokenizer)
-    return score(model, batches, text.bytes(max_rows), special, compute)
+    laid = replace(text.laid, ended=None if tokenizer.eos_token_id is None else text.ended)
+    batches = eval_batches(laid, batch_size=batch_size, pad_id=pad_id_of(tokenizer), max_rows=max_rows)
+    return score(model, batches, text.bytes(max_rows), compute)
 
 
 def completion_pairs(

@@ -18,9 +18,10 @@ from llmctl.model.adapters import add_lora, is_adapter, load_adapter_weights, na
 from llmctl.model.checkpoint import load_weights, save_model
 from llmctl.model.classify import open_or_begin
 from llmctl.model.config import LlmctlConfig
+from llmctl.model.generation import ids_in
 from llmctl.model.hf import LlmctlPreTrainedModel
 from llmctl.model.nf4 import quantize_nf4
-from llmctl.model.open import open_config, open_folded
+from llmctl.model.open import open_config, open_folded, open_generation_config
 from llmctl.model.vocabulary import grow_vocabulary
 from llmctl.recipe.tune import LoraSection, Method
 from llmctl.runs import run_of
@@ -44,6 +45,7 @@ class Base:
 
     Args:
         rows: entries of the vocabulary when trained; more than the base has if the template needs them.
+        ends: tokens that end a generation of the base.
         unseen: special tokens the template writes and the base was never trained on.
         never_seen: those that no stage up to this one will have trained.
     """
@@ -54,15 +56,14 @@ class Base:
     compute: Compute
     max_length: int
     rows: int
+    ends: tuple[int, ...]
     unseen: tuple[int, ...]
     never_seen: list[int]
 
     @property
     def stop_ids(self) -> list[int]:
         """What ends a generation: of the template, and of the base."""
-        listed = self.config.eos_token_id
-        theirs = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
-        return list(dict.fromkeys([*stop_ids(self.tokenizer), *theirs]))
+        return list(dict.fromkeys([*stop_ids(self.tokenizer), *self.ends]))
 
     def manifest(self) -> dict[str, Any]:
         """What a manifest records of the base and of how text becomes ids."""
@@ -123,7 +124,8 @@ def prepare_base(
         talk.say(f"the base has never seen {names}: their embeddings are trained too")
     rows = max(config.vocab_size, highest_id(tokenizer) + 1)
     length = row_length(max_length, config.max_position_embeddings, "data.max_length")
-    return Base(where, config, tokenizer, compute, length, rows, unseen, sorted(never - written))
+    ends, never_seen = ids_in(open_generation_config(where).eos_token_id), sorted(never - written)
+    return Base(where, config, tokenizer, compute, length, rows, tuple(ends), unseen, never_seen)
 
 
 def _never_seen(where: str, tokenizer: PreTrainedTokenizerFast) -> set[int]:
@@ -212,11 +214,9 @@ def _opened(base: Base, task: str, seed: int) -> LlmctlForCausalLM | LlmctlForSe
         return scorer
     inner = open_folded(base.where, torch.float32)
     grow_vocabulary(inner, base.rows)
-    theirs = inner.generation_config.eos_token_id
-    stops = [] if theirs is None else [theirs] if isinstance(theirs, int) else list(theirs)
     inner.generation_config.update(
         bos_token_id=base.tokenizer.bos_token_id,
-        eos_token_id=list(dict.fromkeys([*base.stop_ids, *stops])),
+        eos_token_id=base.stop_ids,
         pad_token_id=pad_id_of(base.tokenizer),
     )
     return inner

@@ -91,6 +91,8 @@ def template_hash(tokenizer: PreTrainedTokenizerFast) -> str | None:
     template = tokenizer.chat_template
     if template is None:
         return None
+    if isinstance(template, dict) and list(template) == ["default"]:
+        (template,) = template.values()  # as it is saved again
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -254,11 +254,11 @@ def test_scores_see_trained_rows(tied: bool, tmp_path: Path) -> None:
     )
     positions = torch.arange(ids().shape[1]).expand(ids().shape)
     batch = {"input_ids": ids(), "labels": ids(), "position_ids": positions}
-    found = score(inner(model), [batch], 1.0, frozenset(), FLOAT).figures()
+    found = score(inner(model), [batch], 1.0, FLOAT).figures()
     with torch.no_grad():
         expected = theirs.eval()(input_ids=ids(), labels=ids()).loss
     assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
-    without = score(load_model(tmp_path / "b"), [batch], 1.0, frozenset(), FLOAT).figures()
+    without = score(load_model(tmp_path / "b"), [batch], 1.0, FLOAT).figures()
     assert abs(found["loss"] - without["loss"]) > 0.05
 
 

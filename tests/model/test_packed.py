@@ -170,11 +170,11 @@ def test_damage_is_told(tmp_path: Path, name: str) -> None:
 CONFIGS: dict[str, tuple[Callable[[dict], object], str]] = {
     "another method": (
         lambda c: c.update(quant_method="awq", format="gemm"),
-        "the weights are quantized (awq gemm), and of quantized ones only compressed-tensors pack-quantized is read",
+        "quantization_config: the weights are quantized (awq gemm), and of quantized ones only compressed-tensors pack-quantized is read",
     ),
     "another format": (
         lambda c: c.update(format="int-quantized"),
-        "the weights are quantized (compressed-tensors int-quantized), "
+        "quantization_config: the weights are quantized (compressed-tensors int-quantized), "
         "and of quantized ones only compressed-tensors pack-quantized is read",
     ),
     "five bits": (

@@ -87,7 +87,7 @@ MODELS = {
     ),
     "a quantized model": Bad(
         "{command} base {rest}",
-        "base/config.json: the weights are quantized (bitsandbytes), and of quantized ones only compressed-tensors pack-quantized is read",
+        "base/config.json: quantization_config: the weights are quantized (bitsandbytes), and of quantized ones only compressed-tensors pack-quantized is read",
         "use the model they were made from, and `llmctl quantize` it",
         quantized,
     ),
