@@ -31,6 +31,7 @@ from llmctl.model.adapter_file import (
 from llmctl.model.adapter_fit import check_fit, named_parameters_of, with_depths
 from llmctl.model.adapter_names import Names, in_core, in_family, names_of
 from llmctl.model.adapter_settings import for_core, for_family
+from llmctl.model.families import FAMILIES, write_config
 from llmctl.model.hf import LlmctlForCausalLM, LlmctlPreTrainedModel
 from llmctl.model.leaves import leaves
 from llmctl.model.vocabulary import tie, untie
@@ -139,6 +140,17 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     adapter = in_family(_adapter_of(model), names)
     for_family(settings, adapter, names).save_pretrained(str(folder))
     save_file(unparse(with_depths(adapter, names)), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def refused_elsewhere(model: PeftModel) -> str | None:
+    """Why PEFT does not put this adapter on transformers' class of the base; None where it does."""
+    name, _ = write_config(model.get_base_model().config)
+    unadapted = FAMILIES[name].unadapted if name in FAMILIES else ()
+    refused = sorted(
+        {leaf.name.split(".lora_")[0].rpartition(".")[2] for leaf in leaves(model) if ".lora_A" in leaf.name}
+        & set(unadapted)
+    )
+    return f"PEFT adapts no `{refused[0]}` of {name}" if refused else None
 
 
 def _adapter_of(model: PeftModel) -> Adapter:

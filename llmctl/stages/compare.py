@@ -16,10 +16,10 @@ from llmctl.model import LlmctlForCausalLM
 from llmctl.model.open import open_config, open_model
 from llmctl.recipe.tune import CompareRecipe, CompareRows, SftData
 from llmctl.stages.rows import TalkRows, read_rows, require_data
-from llmctl.stages.text import fitting_tokenizer, pad_id_of, row_length
+from llmctl.stages.text import fitting_tokenizer, open_tokenizer, pad_id_of, row_length
 from llmctl.talk import Talk
 from llmctl.tokenizer.choose import OWN, choose_template
-from llmctl.tokenizer.load import fingerprint, load_tokenizer
+from llmctl.tokenizer.load import fingerprint
 from llmctl.tokenizer.template import stop_ids, template_hash
 
 
@@ -66,7 +66,7 @@ def held_together(
     compute: Compute,
 ) -> dict[str, Any]:
     """Both models on the same rows and prompts; see `run`."""
-    tokenizer = load_tokenizer(where)
+    tokenizer = open_tokenizer(where)
     choose_template(tokenizer, OWN)
     batches = eval_batches(
         rows.laid,

@@ -24,9 +24,9 @@ from llmctl.runs import Run, RunResult, check_out, default_out, run_of
 from llmctl.stages.compare import held_together, out_of_bounds, refuse_drift, shared_rows
 from llmctl.stages.finish import install
 from llmctl.stages.rows import TalkRows
-from llmctl.stages.text import parent
+from llmctl.stages.text import open_tokenizer, parent
 from llmctl.talk import Talk
-from llmctl.tokenizer.load import fingerprint, load_tokenizer
+from llmctl.tokenizer.load import fingerprint
 from llmctl.tokenizer.template import stop_ids, template_hash
 
 STAGE = "merge"
@@ -55,7 +55,7 @@ def run(recipe: MergeRecipe, talk: Talk) -> RunResult:
     settings = recipe.compare.model_copy(update={} if recipe.compare.data else _data_of(folder))
     recipe = recipe.model_copy(update={"compare": settings})
     compute = pick_compute(recipe.device, settings.dtype, "compare.dtype")
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = open_tokenizer(str(folder))
     rows = shared_rows(str(folder), str(folder), settings, talk)
     adapted = open_model(folder, compute.dtype, compute.device)
     effect = _effect(folder, adapted, rows, recipe, compute)
