@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmctl.errors import CheckFailed, UserError
 from llmctl.files import read_json
+from llmctl.runs import run_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -33,7 +34,8 @@ _UNSUPPORTED = (
     "monteclora_config", "use_bdlora", "use_qalora",
 )  # fmt: skip
 # Initializations that put something else in the place of the base's weights, which the adapter is then added to.
-_CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+# The first two follow from the base alone, so PEFT does it again when it opens the adapter.
+CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 # name after the module -> field of `Factors`
 _FACTORS = {
     "lora_A.weight": "a", "lora_B.weight": "b", "lora_B.bias": "bias",
@@ -111,15 +113,21 @@ def read_settings(folder: Path) -> LoraConfig:
     if name := next((name for name in (*_UNSUPPORTED, *unknown) if raw.get(name)), None):
         raise UserError(f"{path}: {name}: {_short(raw[name])} is not supported", _MERGE_IT)
     start = raw.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASES):
-        raise UserError(
-            f"{path}: init_lora_weights: {start} belongs to a base whose weights it has changed",
-            "save it with PEFT's path_initial_model_for_weight_conversion, which makes it an ordinary LoRA",
-        )
+    if isinstance(start, str):
+        refuse_changed_base(start, CHANGED_BASES[2:], folder)
     try:
         return LoraConfig(**{name: value for name, value in fields.items() if name != "peft_type"})
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: {_line(error)}", "copy the adapter again") from None
+
+
+def refuse_changed_base(start: str, kinds: tuple[str, ...], folder: Path) -> None:
+    """Raise UserError for an adapter whose initialization is one of `kinds`."""
+    if start.lower().startswith(kinds):
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG}: init_lora_weights: {start} belongs to a base whose weights it has changed",
+            "save it with PEFT's path_initial_model_for_weight_conversion, which makes it an ordinary LoRA",
+        )
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -247,11 +255,15 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def misfit(folder: Path, how: str) -> UserError:
-    """The error for an adapter whose tensors are not those of its config and base."""
+    """The error for an adapter whose tensors are not what its config and its base ask for."""
     named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    made = (run_of(folder) or {}).get("parents")
     return UserError(
         f"{folder}: the adapter does not fit this base ({how})",
-        f"is {named or 'the base'}, which {ADAPTER_CONFIG} names, the model it was trained on, and is the adapter whole?",
+        # a base that a run has written down was found by its hash
+        "copy the adapter again"
+        if made or not named
+        else f"was it trained on {named}? base_model_name_or_path in its {ADAPTER_CONFIG} says so",
     )
 
 

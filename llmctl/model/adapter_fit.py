@@ -51,17 +51,15 @@ def check_fit(adapter: Adapter, settings: LoraConfig, names: Names, folder: Path
     known = names.steps.keys() | names.stacks.keys()
     for module in sorted(present.keys() | adapter.rows.keys()):
         if module not in known:
-            raise misfit(folder, f"unexpected: {_tensor(module, adapter)}")
+            raise misfit(folder, f"unexpected: {_tensor(module, adapter)}; the base has no {module}")
     for module in sorted(wanted - present.keys()):
         raise misfit(folder, f"missing: {PREFIX}{module}.{_first(module)}")
     for module in sorted(present.keys() - wanted):
         raise misfit(folder, f"unexpected: {_tensor(module, adapter)}, which target_modules does not name")
     for module, factors in present.items():
         key = f"{module}{WEIGHT}" if _is_parameter(f"{module}{WEIGHT}", settings) else module
-        r, factors.alpha = (
-            _pattern(settings.rank_pattern, key, settings.r),
-            _pattern(settings.alpha_pattern, key, settings.lora_alpha),
-        )
+        r = _pattern(settings.rank_pattern, key, settings.r)
+        factors.alpha = _pattern(settings.alpha_pattern, key, settings.lora_alpha)
         _check_shapes(module, adapter, r, names, folder)
     _check_rows(adapter, settings, names, folder)
 

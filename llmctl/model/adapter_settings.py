@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from llmctl.model.adapter_file import Adapter
+from llmctl.model.adapter_file import CHANGED_BASES, Adapter
 from llmctl.model.adapter_names import STACKED, WEIGHT, Names
 from llmctl.model.hf import LlmctlPreTrainedModel
 from llmctl.model.routers import Router
@@ -39,6 +39,7 @@ def for_core(settings: LoraConfig, adapter: Adapter, model: LlmctlPreTrainedMode
     ranks, alphas = (
         {f"{n}{WEIGHT}" if n in routers else n: v for n, v in each.items()} for each in (ranks, alphas)
     )
+    start = settings.init_lora_weights
     r, rank_pattern = _patterns(ranks)
     alpha, alpha_pattern = _patterns(alphas)
     return LoraConfig(
@@ -53,7 +54,9 @@ def for_core(settings: LoraConfig, adapter: Adapter, model: LlmctlPreTrainedMode
         use_dora=settings.use_dora,
         lora_bias=settings.lora_bias,
         ensure_weight_tying=settings.ensure_weight_tying,
-        init_lora_weights=False,
+        init_lora_weights=start
+        if isinstance(start, str) and start.lower().startswith(CHANGED_BASES)
+        else False,
         inference_mode=True,
     )
 

@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from llmctl.errors import UserError, nearest, one_of
+from llmctl.files import read_json
 from llmctl.model.adapter_file import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CHANGED_BASES,
     PREFIX,
     Adapter,
     is_adapter,
@@ -26,6 +28,7 @@ from llmctl.model.adapter_file import (
     parse,
     read_settings,
     read_weights,
+    refuse_changed_base,
     unparse,
 )
 from llmctl.model.adapter_fit import check_fit, named_parameters_of, with_depths
@@ -186,6 +189,8 @@ def attach(model: LlmctlPreTrainedModel, folder: Path) -> PeftModel:
     from peft import get_peft_model
 
     adapter, settings, names = _read(model, folder)
+    if isinstance(settings.init_lora_weights, str) and not names.same:
+        refuse_changed_base(settings.init_lora_weights, CHANGED_BASES, folder)
     core = in_core(adapter, names, settings.use_rslora)
     _place(core, model, settings, folder)
     found = get_peft_model(model, for_core(settings, core, model))
@@ -266,7 +271,8 @@ def fold(model: PeftModel) -> LlmctlPreTrainedModel:
     """
     base = model.get_base_model()
     _refuse_new_biases(model)
-    apart = base.config.tie_word_embeddings and _adapts_tables(base)
+    has_head = base.get_output_embeddings() is not None
+    apart = has_head and base.config.tie_word_embeddings and _adapts_tables(base)
     together = model.peft_config["default"].ensure_weight_tying
     if apart:
         untie(base)
@@ -286,6 +292,11 @@ def _adapts_tables(model: LlmctlPreTrainedModel) -> bool:
     return any(type(table) not in (nn.Embedding, nn.Linear) for table in tables if table is not None)
 
 
+def can_fold(folder: Path) -> bool:
+    """Whether an adapter can be folded into any base; one with `lora_bias` needs a base with biases."""
+    return not read_json(folder / ADAPTER_CONFIG).get("lora_bias")
+
+
 def _refuse_new_biases(model: PeftModel) -> None:
     if not model.peft_config["default"].lora_bias:
         return
@@ -295,7 +306,7 @@ def _refuse_new_biases(model: PeftModel) -> None:
         if isinstance(module, Linear) and module.get_base_layer().bias is None:
             raise UserError(
                 f"{ADAPTER_CONFIG}: lora_bias adds a bias to {name}, which has none, so it cannot be folded in",
-                "`llmctl eval` and `compare` use the adapter as it is",
+                "every command but merge, quantize and training uses the adapter as it is",
             )
 
 

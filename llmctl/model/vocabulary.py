@@ -40,7 +40,10 @@ def resize_vocabulary(model: LlmctlPreTrainedModel, rows: int) -> None:
 
 def untie(model: LlmctlPreTrainedModel) -> None:
     """Give a head that shares the embedding's table a copy of its own, in place; passes may be on both."""
-    head = _inner(model.get_output_embeddings())
+    head = model.get_output_embeddings()
+    if head is None:  # a model that scores
+        return
+    head = _inner(head)
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
     _set_tied(model, False)
 
