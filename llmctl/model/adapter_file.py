@@ -112,6 +112,9 @@ def read_settings(folder: Path) -> LoraConfig:
     )
     if name := next((name for name in (*_UNSUPPORTED, *unknown) if raw.get(name)), None):
         raise UserError(f"{path}: {name}: {_short(raw[name])} is not supported", _MERGE_IT)
+    for name in ("r", "lora_alpha"):
+        if not isinstance(raw.get(name, 1), int | float):
+            raise UserError(f"{path}: {name}: {_short(raw[name])} is no number", "copy the adapter again")
     start = raw.get("init_lora_weights")
     if isinstance(start, str):
         refuse_changed_base(start, CHANGED_BASES[2:], folder)

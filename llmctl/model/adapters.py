@@ -6,6 +6,7 @@ PEFT takes seconds to import, so it is imported where it is used. What is saved 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -193,7 +194,10 @@ def attach(model: LlmctlPreTrainedModel, folder: Path) -> PeftModel:
         refuse_changed_base(settings.init_lora_weights, CHANGED_BASES, folder)
     core = in_core(adapter, names, settings.use_rslora)
     _place(core, model, settings, folder)
-    found = get_peft_model(model, for_core(settings, core, model))
+    with warnings.catch_warnings():
+        # tied tables that differ: what is folded unties them
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        found = get_peft_model(model, for_core(settings, core, model))
     _copy(core, found, folder)
     _mark(found.get_base_model())
     return found.eval()

@@ -69,6 +69,11 @@ def fitting_tokenizer(where: str) -> PreTrainedTokenizerFast:
 def refuse_mismatch(tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: str) -> None:
     """Raise UserError if the tokenizer can give ids that the model has no row for."""
     needed = highest_id(tokenizer) + 1
+    if needed > vocab_size and is_adapter(Path(where).expanduser()):
+        raise UserError(
+            f"{where}: the tokenizer needs {needed:,} rows, but the base and the adapter have {vocab_size:,}",
+            "save the adapter again with PEFT's save_pretrained(..., save_embedding_layers=True)",
+        )
     if needed > vocab_size:
         raise UserError(
             f"{where}: the tokenizer needs {needed:,} rows, but the model has vocab_size {vocab_size:,}",
