@@ -114,10 +114,10 @@ class Stack:
         return [part.contiguous() for part in parts[0].unbind(0)]
 
     def split_rows(self, rows: Tensor) -> list[Tensor]:
-        raise NotImplementedError("numbered matrices are no rows of a stacked one")
+        raise ValueError("numbered matrices are no rows of a stacked one")
 
     def join_rows(self, parts: list[Tensor]) -> Tensor:
-        raise NotImplementedError("numbered matrices are no rows of a stacked one")
+        raise ValueError("numbered matrices are no rows of a stacked one")
 
     @property
     def disk_names(self) -> tuple[str, ...]:
