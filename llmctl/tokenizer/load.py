@@ -98,7 +98,9 @@ def _check_folder(path: Path) -> None:
     if not file.is_file():
         raise UserError(
             f"{path}: no tokenizer there (no {TOKENIZER})",
-            "make one with `llmctl tokenizer train DATA --out DIR`",
+            "an adapter saved without one uses its base's: name that"
+            if (path / "adapter_config.json").is_file()
+            else "make one with `llmctl tokenizer train DATA --out DIR`",
         )
     for part in (file, path / "tokenizer_config.json"):
         if part.is_file():

@@ -172,6 +172,18 @@ def test_without_a_tokenizer_and_without_a_base(kind: str, llmctl: Program) -> N
     assert outcome.code == 1 and outcome.err.splitlines()[-2].startswith("error: b: ")
 
 
+def test_a_tokenizer_that_nobody_has_rows_for(kind: str, llmctl: Program) -> None:
+    tokenizer = AutoTokenizer.from_pretrained("b")
+    tokenizer.add_tokens([f"<{name}>" for name in "abc"], special_tokens=True)
+    tokenizer.save_pretrained("a")
+    outcome = llmctl("eval", "a", "--data", "data.jsonl")
+    rows = VOCABULARY + len(KINDS[kind].added)
+    assert outcome.code == 1 and outcome.err.splitlines()[-2:] == [
+        f"error: a: the tokenizer needs {VOCABULARY + 3} rows, but the base and the adapter have {rows}",
+        "hint: save the adapter again with PEFT's save_pretrained(..., save_embedding_layers=True)",
+    ]
+
+
 OTHER_FAMILIES = {
     "phi3": {"family": "phi3"},
     "mamba2": {
