@@ -10,14 +10,16 @@ import torch
 from llmctl.errors import UserError
 from llmctl.files import read_json
 from llmctl.locate import locate
-from llmctl.model.adapters import ADAPTER_CONFIG, TASKS, attach, fold, is_adapter
+from llmctl.model.adapter_file import ADAPTER_CONFIG, is_adapter, table_rows
+from llmctl.model.adapter_fit import refuse_missing_rows, vocabulary_rows
+from llmctl.model.adapters import TASKS, attach, fold
 from llmctl.model.checkpoint import FILES, load_config, load_model
 from llmctl.model.config import LlmctlConfig
 from llmctl.model.families import carried, dtype_named
 from llmctl.model.generation import GENERATION_CONFIG, StoredGenerationConfig, read_generation_config
 from llmctl.model.hf import LlmctlForCausalLM, LlmctlPreTrainedModel
 from llmctl.model.nf4 import round_nf4
-from llmctl.model.vocabulary import grow_vocabulary
+from llmctl.model.vocabulary import grow_vocabulary, resize_vocabulary
 from llmctl.model.weights import dtype_in
 from llmctl.runs import find_runs, folder_hash, run_of
 
@@ -81,10 +83,19 @@ def open_base(folder: Path, dtype: torch.dtype | None = None) -> LlmctlForCausal
 
 
 def as_trained(model: M, folder: Path) -> M:
-    """An adapter's base as the adapter saw it, in place: with its new rows, and rounded to NF4 if it was then."""
+    """An adapter's base as the adapter saw it, in place: with its new rows, and rounded to NF4 if it was then.
+
+    Raises UserError if the adapter needs rows that neither has.
+    """
     made = run_of(folder) or {}
     if rows := made.get("vocab_size"):
         grow_vocabulary(model, rows)
+    else:
+        said, before = table_rows(folder), model.config.vocab_size
+        rows = vocabulary_rows(said, before)
+        settings, tied = read_json(folder / ADAPTER_CONFIG), model.config.tie_word_embeddings
+        refuse_missing_rows(said, settings, before, rows, tied, folder)
+        resize_vocabulary(model, rows)
     if made.get("base_precision") == "nf4":
         round_nf4(model)
     return model
@@ -97,7 +108,10 @@ def open_config(where: str | Path) -> LlmctlConfig:
         return load_config(folder)
     config = open_config(base_of(folder))
     rows = (run_of(folder) or {}).get("vocab_size")
-    config.vocab_size = max(config.vocab_size, rows or 0)
+    if rows:
+        config.vocab_size = max(config.vocab_size, rows)
+    else:
+        config.vocab_size = vocabulary_rows(table_rows(folder), config.vocab_size)
     return config
 
 

@@ -19,10 +19,10 @@ from llmctl.recipe.tune import CompareRecipe, CompareRows, SftData
 from llmctl.stages.gate import out_of_bounds, rounded_dtype, similar_kl
 from llmctl.stages.generate import end_ids
 from llmctl.stages.rows import TalkRows, read_rows, require_data
-from llmctl.stages.text import fitting_tokenizer, pad_id_of, row_length
+from llmctl.stages.text import fitting_tokenizer, open_tokenizer, pad_id_of, row_length
 from llmctl.talk import SILENT, Talk
 from llmctl.tokenizer.choose import OWN, choose_template
-from llmctl.tokenizer.load import fingerprint, load_tokenizer
+from llmctl.tokenizer.load import fingerprint
 from llmctl.tokenizer.template import template_hash
 
 ROW = 512  # tokens in a row where the recipe sets none
@@ -89,7 +89,7 @@ def held_together(
         where: the model whose tokenizer made the rows.
         rounded: see `parity`; left out where the models compute in less than float32 themselves.
     """
-    tokenizer = load_tokenizer(where)
+    tokenizer = open_tokenizer(where)
     choose_template(tokenizer, OWN)
     batches = eval_batches(
         rows.laid,

@@ -16,7 +16,7 @@ from llmctl.kernels.device import DTYPES, pick_device
 from llmctl.kernels.threads import use_threads
 from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM
-from llmctl.model.adapters import is_adapter
+from llmctl.model.adapters import can_fold, is_adapter
 from llmctl.model.checkpoint import FILES
 from llmctl.model.generation import ids_in
 from llmctl.model.open import open_folded, open_model
@@ -63,7 +63,7 @@ def open_writer(
 def load_for_generation(
     where: str, device: str, dtype: str, field: str = "generate.dtype"
 ) -> LlmctlForCausalLM:
-    """The model as it is used: adapters folded in, weights laid out for the device, in the asked precision.
+    """The model as it is used: adapters folded in where they can be, weights laid out for the device, in the asked precision.
 
     float16 weights become float32 on a CPU.
     """
@@ -73,6 +73,8 @@ def load_for_generation(
             f"{field}: float16 is far slower than float32 on a CPU", "use bfloat16, float32 or auto"
         )
     folder = locate(where, FILES)
+    if is_adapter(folder) and not can_fold(folder):
+        return open_model(folder, DTYPES.get(dtype), place)
     open_it = open_folded if is_adapter(folder) else open_model
     model = open_it(folder, DTYPES.get(dtype), place)
     if place.type == "cpu" and model.dtype == torch.float16:

@@ -23,10 +23,9 @@ from llmctl.stages.encode import Encoder
 from llmctl.stages.labelled import encoded_labelled
 from llmctl.stages.pairs import Pair, encoded_pairs
 from llmctl.stages.rows import OVERLONG, SHARE, counted, require_data
-from llmctl.stages.text import refuse_mismatch, refuse_swapped_tokenizer, row_length
+from llmctl.stages.text import open_tokenizer, refuse_mismatch, refuse_swapped_tokenizer, row_length
 from llmctl.talk import Talk
 from llmctl.tokenizer.choose import OWN, choose_template
-from llmctl.tokenizer.load import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def run(recipe: ScoreRecipe, talk: Talk) -> dict[str, Any]:
     compute = pick_compute(recipe.device, settings.dtype, "score.dtype")
     use_threads(settings.threads, "score.threads", compute.device, talk)
     config = open_config(recipe.base)  # a broken config.json would look like a broken tokenizer
-    tokenizer = load_tokenizer(recipe.base)
+    tokenizer = open_tokenizer(recipe.base)
     refuse_swapped_tokenizer(tokenizer, recipe.base)
     refuse_mismatch(tokenizer, config.vocab_size, recipe.base)
     model = open_scorer(recipe.base, compute.dtype, compute.device)

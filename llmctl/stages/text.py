@@ -16,13 +16,15 @@ from llmctl.data.shards import Encoder, Shards, open_shards
 from llmctl.errors import UserError, one_of
 from llmctl.evaluate.perplexity import Score, score
 from llmctl.kernels.device import Compute
+from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM, compile_blocks, recompute_activations
-from llmctl.model.open import open_config
+from llmctl.model.adapter_file import is_adapter
+from llmctl.model.open import base_of, open_config
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.schema import DataSection, TrainSection
 from llmctl.runs import Parent, folder_hash, run_of
 from llmctl.talk import Talk
-from llmctl.tokenizer.load import encode_batch, fingerprint, load_tokenizer
+from llmctl.tokenizer.load import FILES, TOKENIZER, encode_batch, fingerprint, load_tokenizer
 from llmctl.tokenizer.template import template_hash
 
 
@@ -41,6 +43,17 @@ def token_ids(tokenizer: PreTrainedTokenizerFast, stop: list[int]) -> dict[str, 
     }
 
 
+def open_tokenizer(where: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model; of an adapter that was saved without one, its base's.
+
+    Raises UserError as `load_tokenizer`, and as `base_of`.
+    """
+    folder = locate(where, FILES, "tokenizer")
+    if is_adapter(folder) and not (folder / TOKENIZER).is_file():
+        return open_tokenizer(base_of(folder))
+    return load_tokenizer(where)
+
+
 def fitting_tokenizer(where: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a model that is used as it is.
 
@@ -48,7 +61,7 @@ def fitting_tokenizer(where: str) -> PreTrainedTokenizerFast:
     one of the run.
     """
     config = open_config(where)  # first: a broken config.json would look like a broken tokenizer
-    tokenizer = load_tokenizer(where)
+    tokenizer = open_tokenizer(where)
     refuse_mismatch(tokenizer, config.vocab_size, where)
     refuse_swapped_tokenizer(tokenizer, where)
     return tokenizer
@@ -57,6 +70,11 @@ def fitting_tokenizer(where: str) -> PreTrainedTokenizerFast:
 def refuse_mismatch(tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: str) -> None:
     """Raise UserError if the tokenizer can give ids that the model has no row for."""
     needed = highest_id(tokenizer) + 1
+    if needed > vocab_size and is_adapter(Path(where).expanduser()):
+        raise UserError(
+            f"{where}: the tokenizer needs {needed:,} rows, but the base and the adapter have {vocab_size:,}",
+            "save the adapter again with PEFT's save_pretrained(..., save_embedding_layers=True)",
+        )
     if needed > vocab_size:
         beyond = [token for token, number in tokenizer.get_vocab().items() if number >= vocab_size]
         added = tokenizer.get_added_vocab()

@@ -14,7 +14,14 @@ from transformers import PreTrainedTokenizerFast
 from llmctl.errors import UserError
 from llmctl.kernels.device import Compute, pick_compute
 from llmctl.model import LlmctlForCausalLM, LlmctlForSequenceClassification, recompute_activations
-from llmctl.model.adapters import add_lora, is_adapter, load_adapter_weights, narrow_frozen, save_adapter
+from llmctl.model.adapters import (
+    add_lora,
+    is_adapter,
+    load_adapter_weights,
+    narrow_frozen,
+    refused_elsewhere,
+    save_adapter,
+)
 from llmctl.model.checkpoint import load_weights, save_model
 from llmctl.model.classify import open_or_begin
 from llmctl.model.config import LlmctlConfig
@@ -27,6 +34,7 @@ from llmctl.recipe.tune import LoraSection, Method
 from llmctl.runs import run_of
 from llmctl.stages.text import (
     highest_id,
+    open_tokenizer,
     pad_id_of,
     parent,
     refuse_mismatch,
@@ -35,7 +43,7 @@ from llmctl.stages.text import (
 )
 from llmctl.talk import Talk
 from llmctl.tokenizer.choose import choose_template, template_tokens
-from llmctl.tokenizer.load import fingerprint, load_tokenizer
+from llmctl.tokenizer.load import fingerprint
 from llmctl.tokenizer.template import stop_ids, template_hash
 
 
@@ -92,7 +100,7 @@ def prepare_base(
 
     Says which template is used if the model has none, and which tokens it never saw.
 
-    Raises UserError: no base, or what `load_tokenizer`, `open_config` and `choose_template` raise.
+    Raises UserError: no base, or what `open_tokenizer`, `open_config` and `choose_template` raise.
     """
     if where is None:
         raise UserError("no MODEL to start from", "name a run folder, a Hugging Face folder or a hub id")
@@ -103,7 +111,7 @@ def prepare_base(
         )
     compute = pick_compute(device, dtype)
     config = open_config(where)  # first, because a broken config.json would look like a broken tokenizer
-    tokenizer = load_tokenizer(where)
+    tokenizer = open_tokenizer(where)
     refuse_swapped_tokenizer(tokenizer, where)
     refuse_mismatch(tokenizer, config.vocab_size, where)
     choice = choose_template(tokenizer, template)
@@ -114,9 +122,7 @@ def prepare_base(
             "padding and end token are the same; labels are masked by place, so ends are trained all the same"
         )
     if is_adapter(Path(where).expanduser()):
-        talk.say(
-            f"{where} is an adapter: it is folded into its base; other programs need it merged to open the result"
-        )
+        talk.say(f"{where} is an adapter: it is folded into its base")
     written, never = set(template_tokens(tokenizer)), _never_seen(where, tokenizer)
     unseen = tuple(sorted(written & (never | set(choice.added))))
     if unseen:
@@ -151,12 +157,19 @@ class Tuned:
         inner: the model, a language model or one that scores; it computes with the adapter.
         save: writes what was trained, with tokenizer and generation config, into a folder.
         load: reads the trained weights back, in place.
+        needs_merging: why other programs open the result only once it is merged; None where they do.
     """
 
     model: torch.nn.Module
     inner: Any
     save: Callable[[Path], None]
     load: Callable[[Path], None]
+    needs_merging: str | None = None
+
+    def tell(self, talk: Talk) -> None:
+        """Say if other programs will not open what is trained."""
+        if self.needs_merging:
+            talk.say(f"other programs open the result only once merged: {self.needs_merging}")
 
 
 def tuned(
@@ -200,9 +213,16 @@ def tuned(
     # PEFT had to know of the four bits; TRL would cast what is trained to bfloat16 for it
     inner.is_loaded_in_4bit = False
     model.to(base.compute.device)
-    return Tuned(
-        model, inner, partial(_save_adapter, model, base.tokenizer), partial(load_adapter_weights, model)
-    )
+    save, load = partial(_save_adapter, model, base.tokenizer), partial(load_adapter_weights, model)
+    return Tuned(model, inner, save, load, _needs_merging(base, model))
+
+
+def _needs_merging(base: Base, model: Any) -> str | None:
+    if is_adapter(Path(base.where).expanduser()):
+        return "its base is an adapter, and PEFT would put it on the base of that"
+    if base.rows > base.config.vocab_size:
+        return "the base has no rows for the tokens that the template added"
+    return refused_elsewhere(model)
 
 
 def _opened(base: Base, task: str, seed: int) -> LlmctlForCausalLM | LlmctlForSequenceClassification:

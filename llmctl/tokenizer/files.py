@@ -26,7 +26,9 @@ def check_files(folder: Path) -> None:
     if not (folder / TOKENIZER).is_file() and not other_vocabularies(folder):
         raise UserError(
             f"{folder}: no tokenizer there (no {TOKENIZER})",
-            "make one with `llmctl tokenizer train DATA --out DIR`",
+            "an adapter saved without one uses its base's: name that"
+            if (folder / "adapter_config.json").is_file()
+            else "make one with `llmctl tokenizer train DATA --out DIR`",
         )
     read = {
         name: _read_json(folder / name)

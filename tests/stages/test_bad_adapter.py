@@ -76,7 +76,7 @@ MODELS = {
     "an adapter with a hole": Bad(
         "{command} adapter {rest}",
         f"adapter: the adapter does not fit this base (missing: {FIRST})",
-        "use the base it was trained on",
+        "copy the adapter again",
         tensors(lambda found: found.pop(FIRST)),
     ),
     "an adapter with another tokenizer": Bad(

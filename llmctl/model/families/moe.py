@@ -144,7 +144,12 @@ _SPEAKS = frozenset({"experts", "pattern", "sliding_window"})
 
 ROWS: dict[str, Family] = {
     "mixtral": Family(
-        "Mixtral", speaks=_SPEAKS, read=_read_mixtral, write=_write_mixtral, rules=_mixtral_rules
+        "Mixtral",
+        speaks=_SPEAKS,
+        read=_read_mixtral,
+        write=_write_mixtral,
+        rules=_mixtral_rules,
+        stacked_experts=True,
     ),
     "qwen3_moe": Family(
         "Qwen3Moe",
@@ -152,5 +157,6 @@ ROWS: dict[str, Family] = {
         speaks=_SPEAKS | {"attention_bias"},
         read=_read_qwen3_moe,
         write=_write_qwen3_moe,
+        stacked_experts=True,
     ),
 }
