@@ -20,9 +20,9 @@ from llmctl.plan.size import total_parameters
 from llmctl.recipe.chat import ChatRecipe, ChatSection
 from llmctl.stages.generate import end_ids, open_writer, prompt_ids, written
 from llmctl.talk import Talk
+from llmctl.tokenizer.jinja import MARK
 from llmctl.tokenizer.render import Message, Renderer, RenderError
 from llmctl.tokenizer.stream import TextStream
-from llmctl.tokenizer.template import MARK
 
 Ended = Literal["stop", "length", "context", "interrupted"]
 SAVED = (".json", ".jsonl")

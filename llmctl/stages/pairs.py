@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -15,14 +15,13 @@ from llmctl.data.batches import split_holdout
 from llmctl.data.document import Account
 from llmctl.data.formats import Example, examples
 from llmctl.data.packing import Pieces
-from llmctl.data.shapes import Preference
-from llmctl.data.turns import Message
+from llmctl.data.shapes import Conversation, Preference
 from llmctl.errors import UserError
 from llmctl.recipe.tune import PairData
-from llmctl.stages.encode import BATCH, Encoder, sound
+from llmctl.stages.encode import BATCH, Encoder
 from llmctl.stages.rows import OVERLONG, counted, refuse_many_dropped
 from llmctl.talk import Talk
-from llmctl.tokenizer.render import Encoded
+from llmctl.tokenizer.render import Encoded, Rendered
 
 NO_ROOM = "the prompt alone takes all {:,} tokens"
 SAME = "chosen and rejected are the same within {:,} tokens"
@@ -149,6 +148,8 @@ def fitted_pairs(
     pairs = [
         kept for pair in found if (kept := _fitted(pair, data.overlong, max_length, account)) is not None
     ]
+    for sentence in encoder.notes():
+        account.note(sentence)
     said = ", ".join(f"{count:,} {name}" for name, count in sorted(encoder.formats.items()))
     lines = [f"formats: {said}", *account.lines()]
     if cut := [pair for pair in pairs if pair.cut]:
@@ -181,9 +182,10 @@ def encoded_pairs(encoder: Encoder, found: Iterable[Example]) -> Iterator[Pair]:
             shape, place = _preference(example), example.place
             sides = []
             for side, answer in enumerate((shape.chosen, shape.rejected)):
-                one = sound(ids[2 * number + side], place)
-                encoder.check(one, [*shape.prompt, *answer], shape.tools, place)
-                sides.append(_cut_at_answer(one, shape.prompt))
+                at = 2 * number + side
+                talk = Conversation([*shape.prompt, *answer], shape.tools)
+                why = encoder.check(ids[at], rendered[at], talk, place)
+                sides.append(_cut_at_answer(ids[at], rendered[at], len(shape.prompt), f"{place}: {why}"))
             (prompt, chosen), (other, rejected) = sides
             if prompt != other:
                 raise UserError(
@@ -202,10 +204,20 @@ def _preference(example: Example) -> Preference:
     return example.shape
 
 
-def _cut_at_answer(one: Encoded, prompt: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """Prompt and answer: the answer begins at the first assistant turn after the prompt and ends with its end."""
-    before = sum(message["role"] == "assistant" for message in prompt)
-    start, end = one.spans[before][0], one.spans[-1][1]
+def _cut_at_answer(one: Encoded, rendered: Rendered, prompt: int, told: str) -> tuple[list[int], list[int]]:
+    """Prompt and answer: the answer begins with the message after `prompt` others and ends with its last one.
+
+    Raises UserError, which begins with `told`, if the first of them cannot be trained.
+    """
+    start = next(
+        (span[0] for span, turn in zip(one.spans, rendered.turns, strict=True) if turn == prompt), None
+    )
+    if start is None:
+        raise UserError(
+            told.rstrip(": ") + ": the answer does not follow the prompt that inference renders",
+            "choose another template with --template, as --template chatml",
+        )
+    end = one.spans[-1][1]
     return one.ids[:start], one.ids[start:end]
 
 

@@ -132,7 +132,7 @@ def read_rows(
     """
     account = Account(noun="record")
     read = examples(sources, data.text_field, account)
-    encoder = Encoder(tokenizer, data.mask_prompt)
+    encoder = Encoder(tokenizer, data.mask_prompt, data.rewritten == "split")
     rows = list(encoder.rows(counted(map(_wanted, read) if measured else read, talk)))
     # texts first: they are cut by another rule than conversations, and the order of rows is shuffled anyway
     rows.sort(key=lambda row: not row.is_text)
@@ -143,9 +143,14 @@ def read_rows(
     found = _cut(doc_start, texts, policies, max_length, places)
     pieces = _useful(found, trained)
     lengths = np.diff(doc_start)
+    kept = {places[doc] for doc in pieces.doc.tolist()}
     for doc in np.setdiff1d(np.arange(len(places)), pieces.doc).tolist():
         reason = SHORT if lengths[doc] < 2 else UNTRAINED if doc in found.doc else OVERLONG
-        account.reject(reason.format(max_length), places[doc])
+        if places[doc] not in kept:  # of a record that was split into rows all are left out
+            account.reject(rows[doc].why or reason.format(max_length), places[doc])
+            kept.add(places[doc])
+    for sentence in encoder.notes():
+        account.note(sentence)
     if not len(pieces):
         raise UserError(
             f"no record is left to train on ({'; '.join(account.lines())})",

@@ -9,10 +9,10 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.errors import UserError, nearest, one_of
-from llmctl.tokenizer.jinja import ChatTemplate, variables_of
+from llmctl.tokenizer.jinja import MARK, ChatTemplate, variables_of
 from llmctl.tokenizer.kinds import TURN_END, TURN_START
 from llmctl.tokenizer.render import Message, Renderer
-from llmctl.tokenizer.template import MARK, TEMPLATES
+from llmctl.tokenizer.template import TEMPLATES
 
 OWN = "auto"
 PLAIN = "alpaca"  # for a model that brings no template: it needs no token the model has not seen
