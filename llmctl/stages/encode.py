@@ -246,18 +246,24 @@ class Encoder:
             zip(rendered.turns[::-1], one.spans[::-1], strict=True)
         )  # the first span of each answer
         for turn in firsts.keys() - forced:
-            start = firsts[turn][0]
-            try:
-                asked = self.renderer.prompt_ids(shape.messages[:turn], shape.tools)
-            except RenderError as error:
-                raise UserError(f"{place}: {error}", error.hint) from None
-            if asked != one.ids[: len(asked)] or len(asked) > start:
-                at = next((i for i, (a, b) in enumerate(zip(asked, one.ids, strict=False)) if a != b), start)
-                raise UserError(
-                    f"{place}: the prompt is rendered in another way for training than for inference: "
-                    f"{self._shown(*one.ids[at : at + 4])} instead of {self._shown(*asked[at : at + 4])}",
-                    "choose another template with --template, as --template chatml",
-                )
+            self.compare_prompt(one.ids, firsts[turn][0], shape.messages[:turn], shape.tools, place)
+
+    def compare_prompt(
+        self, ids: list[int], start: int, messages: list[Message], tools: Tools, place: str
+    ) -> None:
+        """Raise UserError if the first `start` ids are not the prompt of inference, with what may be trained after it."""
+        try:
+            asked = self.renderer.prompt_ids(messages, tools)
+        except RenderError as error:
+            raise UserError(f"{place}: {error}", error.hint) from None
+        if asked == ids[: len(asked)] and len(asked) <= start:
+            return
+        at = next((i for i, (a, b) in enumerate(zip(asked, ids, strict=False)) if a != b), start)
+        raise UserError(
+            f"{place}: the prompt is rendered in another way for training than for inference: "
+            f"{self._shown(*ids[at : at + 4])} instead of {self._shown(*asked[at : at + 4])}",
+            "choose another template with --template, as --template chatml",
+        )
 
     def notes(self) -> Iterator[str]:
         """What is to be said of the examples, and of how their answers were found; after they were read."""

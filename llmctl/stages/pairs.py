@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -21,7 +21,7 @@ from llmctl.recipe.tune import PairData
 from llmctl.stages.encode import BATCH, Encoder
 from llmctl.stages.rows import OVERLONG, counted, refuse_many_dropped
 from llmctl.talk import Talk
-from llmctl.tokenizer.render import Encoded, Rendered
+from llmctl.tokenizer.render import Encoded
 
 NO_ROOM = "the prompt alone takes all {:,} tokens"
 SAME = "chosen and rejected are the same within {:,} tokens"
@@ -184,8 +184,12 @@ def encoded_pairs(encoder: Encoder, found: Iterable[Example]) -> Iterator[Pair]:
             for side, answer in enumerate((shape.chosen, shape.rejected)):
                 at = 2 * number + side
                 talk = Conversation([*shape.prompt, *answer], shape.tools)
-                why = encoder.check(ids[at], rendered[at], talk, place)
-                sides.append(_cut_at_answer(ids[at], rendered[at], len(shape.prompt), f"{place}: {why}"))
+                encoder.check(ids[at], rendered[at], talk, place)
+                cut = _cut_at_answer(ids[at], rendered[at].turns, len(shape.prompt))
+                if cut is None:  # nothing of it can be trained, which is so if its prompt is another one
+                    encoder.compare_prompt(ids[at].ids, 0, shape.prompt, shape.tools, place)
+                    raise AssertionError("an answer after its own prompt can be trained")
+                sides.append(cut)
             (prompt, chosen), (other, rejected) = sides
             if prompt != other:
                 raise UserError(
@@ -204,21 +208,17 @@ def _preference(example: Example) -> Preference:
     return example.shape
 
 
-def _cut_at_answer(one: Encoded, rendered: Rendered, prompt: int, told: str) -> tuple[list[int], list[int]]:
-    """Prompt and answer: the answer begins with the message after `prompt` others and ends with its last one.
+def _cut_at_answer(one: Encoded, turns: Sequence[int], prompt: int) -> tuple[list[int], list[int]] | None:
+    """Prompt and answer: the answer begins with the message after `prompt` others and ends with the last one.
 
-    Raises UserError, which begins with `told`, if the first of them cannot be trained.
+    None if nothing of that message is trained.
     """
-    start = next(
-        (span[0] for span, turn in zip(one.spans, rendered.turns, strict=True) if turn == prompt), None
-    )
-    if start is None:
-        raise UserError(
-            told.rstrip(": ") + ": the answer does not follow the prompt that inference renders",
-            "choose another template with --template, as --template chatml",
-        )
-    end = one.spans[-1][1]
-    return one.ids[:start], one.ids[start:end]
+    starts = [
+        start for (start, end), turn in zip(one.spans, turns, strict=True) if turn == prompt and start < end
+    ]
+    if not starts:
+        return None
+    return one.ids[: starts[0]], one.ids[starts[0] : one.spans[-1][1]]
 
 
 def _fitted(pair: Pair, overlong: str | None, max_length: int, account: Account) -> Pair | None:

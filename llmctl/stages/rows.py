@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -36,6 +36,7 @@ class TalkRows:
     Args:
         places: where each document was read, by its number.
         formats: format -> records of it.
+        answers, unwritten: as in `Encoder`.
     """
 
     laid: Laid
@@ -44,6 +45,8 @@ class TalkRows:
     account: Account
     formats: dict[str, int]
     max_length: int
+    answers: dict[str, int] = field(default_factory=dict)
+    unwritten: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -160,7 +163,8 @@ def read_rows(
     for line in [f"formats: {said}", *account.lines(), *pieces.lines(max_length)]:
         talk.say(line)
     laid = Laid(ids, pieces, _rows(pieces, max_length, data.packing), trained)
-    return TalkRows(laid, doc_start, places, account, dict(encoder.formats), max_length)
+    told = dict(encoder.answers), dict(encoder.unwritten)
+    return TalkRows(laid, doc_start, places, account, dict(encoder.formats), max_length, *told)
 
 
 def _wanted(example: Example) -> Example:

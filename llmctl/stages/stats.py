@@ -37,6 +37,8 @@ def run(recipe: SftRecipe, talk: Talk) -> dict[str, Any]:
             statistics.add(example)
         if lengths is not None:
             lengths.add(batch)
+    for sentence in [] if lengths is None else lengths.encoder.notes():
+        account.note(sentence)
     for line in account.lines():
         talk.say(line)
     report = statistics.report() | {"empty_inputs": empty_inputs(statistics.sources)}

@@ -126,7 +126,10 @@ def trained_spans(text: str, answers: Sequence[Answer], marks: Sequence[Span] | 
             left.append((EMPTY, answer.turn))
             continue
         begin, exact = _begin(text, answer, ends)
-        span, why = (None, UNPROMPTED) if begin is None else _span(text, answer, begin, ends)
+        if begin is None:
+            left.append((UNPROMPTED if answer.asked is None else OTHER_PROMPT, answer.turn))
+            continue
+        span, why = _span(text, answer, begin, ends)
         if span is None:
             left.append((why, answer.turn))
         elif not exact:

@@ -17,6 +17,15 @@ from llmctl.tokenizer.jinja import ENVIRONMENT, FAULTS, MARK, Message
 from llmctl.tokenizer.special import TURN_END, TURN_START
 
 TAG = re.compile(r"([<\[])/?([^/<>\[\]]+)([>\]])")  # <name> and </name>, [name] and [/name]
+# What begins and ends texts and turns in well-known formats. A tokenizer may have them without being used for that
+# format: a template was exchanged, or the base is an older model's. Some are also HTML.
+MARKERS = {
+    "<s>", "</s>", "<bos>", "<eos>", "<pad>", "<unk>", "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>",
+    TURN_START, TURN_END, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>",
+    "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>", "<|turn>", "<turn|>",
+    "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|start|>", "<|return|>",
+    "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|startoftext|>", "<|end_of_turn|>",
+}  # fmt: skip
 # roles of conversations that are rendered to see what stands around their words
 PROBES: tuple[tuple[str, ...], ...] = (("user",), ("system", "user"), ("user", "assistant", "user"))
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -28,13 +37,13 @@ def control_tokens(
 ) -> list[str]:
     """The special tokens that stay text in messages.
 
-    They are the named ones (BOS, end, padding and their like), those that end a generation, and those that the
-    template writes around messages. Not among them is what the template looks for in messages, as
+    They are the named ones (BOS, end, padding and their like), those that end a generation, those that the
+    template writes around messages, and `MARKERS`. Not among them is what the template looks for in messages, as
     `'</think>' in content`, and a pair of tags that it writes in no turn but the assistant's.
     """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     named = {text for name, text in tokenizer.special_tokens_map.items() if name in NAMES}
-    always = named | set(tokenizer.convert_ids_to_tokens(list(stop_ids))) | {TURN_START, TURN_END}
+    always = named | set(tokenizer.convert_ids_to_tokens(list(stop_ids))) | MARKERS
     asked = _written(special, render, generation=False)
     around = asked | _written(special, render, generation=True)
     sought = {token for text in sought_in(source) for token in special if token in text}

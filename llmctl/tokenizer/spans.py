@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from llmctl.tokenizer.load import encode_with
+from llmctl.tokenizer.load import encode_with, starts_with
 
 Span = tuple[int, int]
 KNOWN = 16  # tails that are remembered: a template has one or two
@@ -111,8 +111,11 @@ class Coder:
             before, after, through = self._ids([one.text[:begin], one.text[begin:], one.text[:end]])
             first = len(before)
             if ids[:first] != before:
-                # the tokens that a text ends with are those of its end alone, as far back as both agree
+                # The tokens that a text ends with are those of its end alone, as far back as both agree: but some
+                # tokenizers put a space before a text, and some leave it out of the place of a token.
                 first = len(ids) - _common(ids[::-1], after[::-1])
+                starts = starts_with(self._backend, one.text, special=self._special)
+                first = max(first, next((at for at, start in enumerate(starts) if start >= begin), len(ids)))
             last = _common(ids, through)
             joined += ids[:first] != before or last != len(through)
             spans.append((first, max(first, last)))

@@ -17,7 +17,7 @@ Tools = list[dict[str, Any]] | None
 Spans = tuple[tuple[int, int], ...]
 
 # keys whose absence from a template is no loss: what they say stands elsewhere in the conversation
-QUIET = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", "id"})
+QUIET = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", "id", "weight"})
 FUNCTION = {"name": MARK, "description": MARK, "parameters": {"type": "object", "properties": {}}}
 PROBE_TOOLS = [{"type": "function", "function": FUNCTION}]
 
