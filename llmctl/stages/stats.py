@@ -53,7 +53,8 @@ def _lengths(recipe: SftRecipe, talk: Talk) -> Lengths:
     from llmctl.stages.lengths import Lengths
 
     base = base_of(recipe, talk)
-    return Lengths(Encoder(base.tokenizer, recipe.data.mask_prompt), base.max_length)
+    split = recipe.data.rewritten == "split"
+    return Lengths(Encoder(base.tokenizer, recipe.data.mask_prompt, split), base.max_length)
 
 
 def _with_progress(

@@ -90,13 +90,7 @@ class Renderer:
         if guarded:
             messages, tools = self._guard.hidden(messages), self._guard.hidden(tools)
         text, marks = self._text(messages, tools, guarded)
-        assistant = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-        if self._is_proven:
-            left = [
-                (EMPTY, turn) for turn, (start, end) in zip(assistant, marks, strict=True) if start == end
-            ]
-            return Rendered(text, marks, guarded, tuple(assistant), tuple(left))
-        found = self._found(messages, tools, guarded, text, marks)
+        found = (self._proven if self._is_proven else self._found)(messages, tools, guarded, text, marks)
         unthought = [
             (UNTHOUGHT, turn) for turn in dict.fromkeys(found.turns) if not _keeps_thought(text, said[turn])
         ]
@@ -215,6 +209,17 @@ class Renderer:
         if not self._written(tools).template.marked:
             given = self._twin_marks(messages, tools, guarded, text)
         return trained_spans(text, answers, given, self._guarded_ends if guarded else self._plain_ends)
+
+    def _proven(
+        self, messages: Sequence[Message], tools: Tools, guarded: bool, text: str, marks: tuple[Span, ...]
+    ) -> Marked:
+        """As `_found`, of one of our own templates, whose marks need no proof."""
+        answers = [(turn, message) for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        says = self._written(tools).says_something
+        kept = [(turn, mark) for (turn, message), mark in zip(answers, marks, strict=True) if says(message)]
+        turns = tuple(turn for turn, _ in kept)
+        left = tuple((EMPTY, turn) for turn, _ in answers if turn not in turns)
+        return Marked(tuple(mark for _, mark in kept), turns, left)
 
     def _twin_marks(
         self, messages: Sequence[Message], tools: Tools, guarded: bool, text: str

@@ -69,7 +69,7 @@ class Written:
 
     def says_something(self, message: Message) -> bool:
         """Whether it writes anything of a message."""
-        if message.get("content"):
+        if message.get("content", "").strip():
             return True
         if message.get("tool_calls") and self.keeps_calls:
             return True

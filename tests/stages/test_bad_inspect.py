@@ -191,7 +191,11 @@ BAD = {
         "x.jsonl:1: the chat template refuses it: no user here (line 2 of the template)",
         "mend the record, or choose another template with --template",
         files(
-            TALK, "{% for m in messages %}\n{{ raise_exception('No ' + m.role + ' here.') }}\n{% endfor %}"
+            TALK,
+            file(
+                "x.jinja",
+                "{% for m in messages %}\n{{ raise_exception('No ' + m.role + ' here.') }}\n{% endfor %}",
+            ),
         ),
     ),
     "a template that calls what is not there": Bad(
