@@ -103,12 +103,16 @@ def tokenizer_for(source: str) -> PreTrainedTokenizerFast:
 
 def model_for(source: str, folder: Path) -> Base:
     """What stages know of a model with a template, opened as `llmctl data inspect` opens it."""
-    tokenizer = tokenizer_for(source)
+    save_model(tokenizer_for(source), folder)
+    return base_of(SftRecipe(base=str(folder)), SILENT)
+
+
+def save_model(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """What is read of a model before its weights."""
     tokenizer.save_pretrained(folder)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = {"model_type": "llama", "vocab_size": len(tokenizer), "max_position_embeddings": 8192, **sizes}
     (folder / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 1}))
-    return base_of(SftRecipe(base=str(folder)), SILENT)
 
 
 def cell(base: Base, record: dict[str, Any], folder: Path) -> str:
