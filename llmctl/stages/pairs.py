@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -19,9 +19,11 @@ from llmctl.data.shapes import Conversation, Preference
 from llmctl.errors import UserError
 from llmctl.recipe.tune import PairData
 from llmctl.stages.encode import BATCH, Encoder
+from llmctl.stages.remarks import UNTRAINABLE
 from llmctl.stages.rows import OVERLONG, counted, refuse_many_dropped
 from llmctl.talk import Talk
-from llmctl.tokenizer.render import Encoded
+from llmctl.tokenizer.answers import OTHER_PROMPT, REWRITTEN
+from llmctl.tokenizer.render import Encoded, Rendered
 
 NO_ROOM = "the prompt alone takes all {:,} tokens"
 SAME = "chosen and rejected are the same within {:,} tokens"
@@ -175,28 +177,25 @@ def encoded_pairs(encoder: Encoder, found: Iterable[Example]) -> Iterator[Pair]:
         for example in batch:
             shape = _preference(example)
             encoder.formats[example.format] += 1
-            for answer in (shape.chosen, shape.rejected):
-                rendered.append(encoder.render([*shape.prompt, *answer], shape.tools, example))
+            for talk in _talks(shape):
+                one = encoder.render(talk.messages, talk.tools, example)
+                rendered.append(_without_prompt(one, len(shape.prompt)))
         ids = encoder.renderer.encode(rendered)
         for number, example in enumerate(batch):
-            shape, place = _preference(example), example.place
-            sides = []
-            for side, answer in enumerate((shape.chosen, shape.rejected)):
-                at = 2 * number + side
-                talk = Conversation([*shape.prompt, *answer], shape.tools)
-                encoder.check(ids[at], rendered[at], talk, place)
-                cut = _cut_at_answer(ids[at], rendered[at].turns, len(shape.prompt))
-                if cut is None:  # nothing of it can be trained, which is so if its prompt is another one
-                    encoder.compare_prompt(ids[at].ids, 0, shape.prompt, shape.tools, place)
-                    raise AssertionError("an answer after its own prompt can be trained")
-                sides.append(cut)
+            shape, at = _preference(example), 2 * number
+            sides = [
+                _cut_at_answer(encoder, one, text, talk, example.place, len(shape.prompt))
+                for one, text, talk in zip(
+                    ids[at : at + 2], rendered[at : at + 2], _talks(shape), strict=True
+                )
+            ]
             (prompt, chosen), (other, rejected) = sides
             if prompt != other:
                 raise UserError(
-                    f"{place}: the chat template renders the prompt in two ways, by the answer that follows",
+                    f"{example.place}: the chat template renders the prompt in two ways, by the answer that follows",
                     "choose another template with --template, as --template chatml",
                 )
-            yield Pair(prompt, chosen, rejected, place)
+            yield Pair(prompt, chosen, rejected, example.place)
 
 
 def _preference(example: Example) -> Preference:
@@ -208,16 +207,31 @@ def _preference(example: Example) -> Preference:
     return example.shape
 
 
-def _cut_at_answer(one: Encoded, turns: Sequence[int], prompt: int) -> tuple[list[int], list[int]] | None:
+def _talks(shape: Preference) -> list[Conversation]:
+    """The conversations that end with each of both answers."""
+    return [Conversation([*shape.prompt, *answer], shape.tools) for answer in (shape.chosen, shape.rejected)]
+
+
+def _without_prompt(one: Rendered, prompt: int) -> Rendered:
+    """A conversation in which nothing of the first `prompt` messages is trained."""
+    own = [(span, turn) for span, turn in zip(one.spans, one.turns, strict=True) if turn >= prompt]
+    left = tuple((why, turn) for why, turn in one.left if turn >= prompt)
+    return one._replace(spans=tuple(span for span, _ in own), turns=tuple(turn for _, turn in own), left=left)
+
+
+def _cut_at_answer(
+    encoder: Encoder, one: Encoded, rendered: Rendered, talk: Conversation, place: str, prompt: int
+) -> tuple[list[int], list[int]]:
     """Prompt and answer: the answer begins with the message after `prompt` others and ends with the last one.
 
-    None if nothing of that message is trained.
+    Raises UserError as `Encoder.check`, and if nothing of that message can be trained.
     """
-    starts = [
-        start for (start, end), turn in zip(one.spans, turns, strict=True) if turn == prompt and start < end
-    ]
-    if not starts:
-        return None
+    why = encoder.check(one, rendered, talk, place)
+    starts = [span[0] for span, turn in zip(one.spans, rendered.turns, strict=True) if turn == prompt]
+    if why or not starts:
+        if OTHER_PROMPT in dict(rendered.left):
+            encoder.compare_prompt(one.ids, 0, talk.messages[:prompt], talk.tools, place)
+        raise UserError(f"{place}: {why or UNTRAINABLE[REWRITTEN]}", "mend or delete this record")
     return one.ids[: starts[0]], one.ids[starts[0] : one.spans[-1][1]]
 
 

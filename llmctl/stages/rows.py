@@ -112,10 +112,22 @@ def talk_rows(
     made = read_rows(data.train, data, tokenizer, max_length, talk, measured=measured)
     if data.eval:
         return made, read_rows(data.eval, data, tokenizer, max_length, talk, measured=measured)
-    kept, held = split_holdout(made.laid.pieces, data.eval_fraction, seed)
+    kept, held = _held_out(made.laid.pieces, made.places, data.eval_fraction, seed)
     kept = replace(kept, counts=made.laid.pieces.counts)
     lay = _layer(made, data.packing)
     return lay(kept), lay(held) if len(held) else None
+
+
+def _held_out(pieces: Pieces, places: Sequence[str], fraction: float, seed: int) -> tuple[Pieces, Pieces]:
+    """As `split_holdout`, with all rows of a record on one side: of those split off, each holds the ones before it."""
+    known: dict[str, int] = {}
+    record = np.array([known.setdefault(place, len(known)) for place in places])[pieces.doc]
+    if len(known) == len(places):
+        return split_holdout(pieces, fraction, seed)
+    numbers = np.unique(record)
+    _, held = split_holdout(Pieces(numbers, np.full_like(numbers, 2), numbers), fraction, seed)
+    chosen = np.isin(record, held.doc)
+    return pieces.take(~chosen), pieces.take(chosen)
 
 
 def read_rows(

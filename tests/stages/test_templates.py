@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from llmctl.recipe.tune import SftData
 from llmctl.stages.remarks import OF_ANSWERS, UNTRAINABLE
+from llmctl.stages.rows import talk_rows
+from llmctl.talk import SILENT
 from llmctl.tokenizer.answers import EMPTY, REWRITTEN, UNPROMPTED
 from llmctl.tokenizer.twins import shipped
 from tests.program import Program
@@ -171,6 +174,18 @@ def test_answers_that_are_rewritten_may_have_rows_of_their_own(here: Path, llmct
     assert found["account"]["notes"] == [f"2 answers {OF_ANSWERS['split']}"]
 
 
+def test_rows_of_a_record_are_trained_or_held_out_together(here: Path) -> None:
+    """Each row of a record holds what those before it hold."""
+    tokenizer = reasoning.thinking(reasoning.THINKING)
+    talk = [user("a"), assistant("b"), user("c"), assistant("d")]
+    path = write(here, *[{"messages": [user(f"{n}"), *talk[1:]]} for n in range(30)])
+    data = SftData(train=[str(path)], rewritten="split", eval_fraction=0.2)
+    made, held = talk_rows(data, tokenizer, 512, 0, SILENT)
+    assert held is not None and len(held.laid.pieces) == 12
+    kept = {made.places[doc] for doc in made.laid.pieces.doc}
+    assert len(kept) == 24 and not kept & {held.places[doc] for doc in held.laid.pieces.doc}
+
+
 def test_a_record_without_an_answer_that_can_be_trained_is_dropped(here: Path, llmctl: Program) -> None:
     model(here, reasoning.DEFAULT_SYSTEM)
     write(here, {"messages": [user("a"), assistant("b")]}, {"messages": [assistant("Welcome"), user("Hi")]})
@@ -205,6 +220,31 @@ def test_preferences_follow_the_prompt_of_inference(here: Path, llmctl: Program)
     for side, answer in (("chosen_ids", assistant("d")), ("rejected_ids", THOUGHT)):
         whole = tokenizer.apply_chat_template([*prompt, answer], return_dict=False)
         assert [*row["prompt_ids"], *row[side]] == whole[:-1]  # a line break follows the end
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "message"),
+    [
+        (
+            reasoning.DEFAULT_SYSTEM,
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            "data.jsonl:1: no trained token in the row",
+        ),
+        (
+            "{% if messages[-1].role == 'assistant' %}!{% endif %}" + reasoning.DEFAULT_SYSTEM,
+            assistant("d"),
+            "data.jsonl:1: the prompt is rendered in another way for training than for inference: ",
+        ),
+    ],
+)
+def test_preferences_of_which_nothing_can_be_trained(
+    template: str, answer: dict[str, Any], message: str, here: Path, llmctl: Program
+) -> None:
+    """Though an earlier answer, of the prompt, could be."""
+    model(here, template)
+    write(here, {"prompt": [user("a"), assistant("b"), user("c")], "chosen": [answer], "rejected": [THOUGHT]})
+    ended = llmctl("data", "inspect", "data.jsonl", "--model", "model")
+    assert ended.code == 1 and message in ended.err
 
 
 # --- the templates that TRL ships ------------------------------------------------------------------------
