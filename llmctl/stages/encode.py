@@ -76,6 +76,7 @@ class Encoder:
     answers: Counter[str] = field(default_factory=Counter)
     unwritten: Counter[str] = field(default_factory=Counter)
     _seen: Counter[tuple[int, bool]] = field(default_factory=Counter)
+    _told: tuple[str, set[str]] = field(default_factory=lambda: ("", set()))
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -187,8 +188,15 @@ class Encoder:
         except RenderError as error:
             raise UserError(f"{example.place}: {error}", error.hint) from None
         if tools or not is_plain(messages):
-            self.unwritten.update(self.renderer.unwritten(messages, tools))
+            self._count_unwritten(example.place, set(self.renderer.unwritten(messages, tools)))
         return rendered
+
+    def _count_unwritten(self, place: str, found: set[str]) -> None:
+        """Each once a record, which may be rendered several times in a row: as both sides of a preference, say."""
+        told, known = self._told
+        known = known if place == told else set()
+        self.unwritten.update(found - known)
+        self._told = place, known | found
 
     def check(self, one: Encoded, rendered: Rendered, shape: Conversation, place: str) -> str:
         """Whether training on a conversation teaches what it says: why not if nothing of it can be trained, else "".

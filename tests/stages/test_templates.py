@@ -209,6 +209,14 @@ def test_keys_that_the_template_does_not_read_are_said(here: Path, llmctl: Progr
     assert ended.code == 0 and notes[0] in ended.err
 
 
+def test_what_a_preference_loses_is_counted_once(here: Path, llmctl: Program) -> None:
+    model(here, reasoning.DEFAULT_SYSTEM)
+    sides = {"chosen": [{**assistant("b"), "mood": "glad"}], "rejected": [{**assistant("c"), "mood": "sad"}]}
+    write(here, {"prompt": [user("a")], **sides}, {"prompt": [user("d")], **sides})
+    notes = inspected(llmctl)["account"]["notes"]
+    assert notes == ["2 records: `mood` left out, which the chat template does not write"]
+
+
 def test_preferences_follow_the_prompt_of_inference(here: Path, llmctl: Program) -> None:
     tokenizer = model(here, reasoning.THINKING)
     prompt = [user("a"), assistant("b"), user("c")]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from llmctl.stages.chat import _Templated
 from llmctl.tokenizer import twins
 from llmctl.tokenizer.answers import (
     EMPTY,
@@ -26,6 +27,7 @@ from llmctl.tokenizer.answers import (
 from llmctl.tokenizer.control import control_tokens, sought_in
 from llmctl.tokenizer.forms import parts_of
 from llmctl.tokenizer.render import Renderer, RenderError
+from llmctl.tokenizer.stream import TextStream
 from llmctl.tokenizer.template import stop_ids
 from tests.tokenizer import reasoning
 from tests.tokenizer.rendering import encoded, theirs
@@ -129,6 +131,18 @@ def test_think_tokens_are_tokens_in_messages_and_ends_of_turns_are_not(template)
         assert ids.count(token) == harmless.count(token)
     before = "[INST]" if template == reasoning.PREFILLED else "<|im_start|>user\n"
     assert f"{before}<|im_end|></s>" in rendering.tokenizer.decode(ids)
+
+
+def test_what_a_model_says_in_such_tokens_is_shown_and_others_are_not():
+    tokenizer = reasoning.thinking(reasoning.THINKING)
+    ids = tokenizer("<think>\nhm\n</think>\n\nYes<|im_end|>", add_special_tokens=False)["input_ids"]
+    for said, text in (
+        (Renderer(tokenizer).message_tokens, "<think>\nhm\n</think>\n\nYes"),
+        (frozenset(), "\nhm\n\n\nYes"),
+    ):
+        stream = TextStream(tokenizer, [1], said)
+        assert "".join([*map(stream.add, ids), stream.rest()]) == stream.text == text
+    assert _Templated(tokenizer, "base").said == Renderer(tokenizer).message_tokens
 
 
 def test_control_tokens_are_what_stands_around_messages():
