@@ -19,7 +19,7 @@ help:
 	@echo "make test-slow    the long tests"
 	@echo "make lint         style, formatting and types"
 	@echo "make format       mend style and formatting"
-	@echo "make docs         write what docs/ has from the recipes and the commands again"
+	@echo "make docs         write what docs/ has from recipes, commands and chat templates again"
 	@echo "make docs-check   fail if that is out of date"
 	@echo "make bench        every script in benchmarks/ that needs no model"
 	@echo "make gpu          checks and speeds on a CUDA device, nine minutes at most, into gpu-results/"
@@ -53,9 +53,11 @@ format: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/templates.py
 
 docs-check: $(READY)
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python docs/templates.py --check
 
 bench: $(READY)
 	@for script in $(BENCHMARKS); do \

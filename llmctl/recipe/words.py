@@ -125,6 +125,7 @@ WORDS: dict[str, str] = {
     "data.cache_dir": "folder for token shards, shared between runs",
     "data.template": "chat template: auto is the model's own, or alpaca if it has none; chatml, alpaca, or a file",
     "data.mask_prompt": "train only what the assistant writes",
+    "data.rewritten": "answers that a template rewrites once turns follow: `last` leaves them out, `split` makes rows",
     # train.*
     "train": "the training loop, named as in Hugging Face TrainingArguments",
     "train.max_steps": "optimizer steps; overrides num_train_epochs",

@@ -133,7 +133,7 @@ def read_answers(
     records = [
         *([_sides(pair) for pair in encoded_pairs(encoder, kinds.get(Preference, []))]),
         *_labelled(encoder, kinds.get(Labelled, [])),
-        *_single(encoder, kinds.get(object, [])),
+        *_single(encoder, kinds.get(object, []), account),
     ]
     long = {record[0].place for record in records if max(len(one.ids) for one in record) > max_length}
     if len(long) > SHARE * len(records):
@@ -144,6 +144,8 @@ def read_answers(
         )
     for place in sorted(long):
         account.reject(OVERLONG.format(max_length), place)
+    for sentence in encoder.notes():
+        account.note(sentence)
     said = ", ".join(f"{count:,} {name}" for name, count in sorted(encoder.formats.items()))
     for line in [f"formats: {said}", *account.lines()]:
         talk.say(line)
@@ -162,8 +164,11 @@ def _labelled(encoder: Encoder, found: list[Example]) -> Iterable[list[Answer]]:
         yield [Answer(pair.place, pair.prompt_ids + pair.chosen_ids, len(pair.prompt_ids), side)]
 
 
-def _single(encoder: Encoder, found: list[Example]) -> Iterable[list[Answer]]:
+def _single(encoder: Encoder, found: list[Example], account: Account) -> Iterable[list[Answer]]:
     """Conversations up to the end of their last answer, as the answers of a pair end."""
     for row in encoder.rows(found):
+        if not row.spans:
+            account.reject(row.why, row.place)
+            continue
         start, end = row.spans[-1]
         yield [Answer(row.place, row.ids[:end], start)]

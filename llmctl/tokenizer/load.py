@@ -78,6 +78,12 @@ def encode_with(backend: Tokenizer, texts: list[str], *, special: bool) -> list[
         return [encoded.ids for encoded in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
+def starts_with(backend: Tokenizer, text: str, *, special: bool) -> list[int]:
+    """For each id of a text the character at which it begins; slower than `encode_with`."""
+    with _ALONE, _as_it_is(backend, special):
+        return [start for start, _ in backend.encode(text, add_special_tokens=False).offsets]
+
+
 @contextmanager
 def _as_it_is(backend: Tokenizer, special: bool) -> Iterator[None]:
     """A backend set to cut and pad nothing; afterwards it is as it was."""
