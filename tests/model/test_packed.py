@@ -82,7 +82,7 @@ def test_what_reads_the_same_input_is_multiplied_at_once(tmp_path: Path) -> None
     folder = written(tmp_path, "qwen2", SCHEMES["int8"])
     packed = [layer for layer in open_model(folder).modules() if isinstance(layer, PackedLinear)]
     assert len(packed) == 3 * 4  # three blocks: qkv, output, gate and up, down
-    assert paths_of(open_model(folder)) == "12 products: fbgemm int8, each token rounded to 8 bits"
+    assert paths_of(open_model(folder)) == "12 products: fbgemm int8, each token as two rows of 8 bits"
     assert paths_of(open_model(folder, exact=True)) == "21 products: weights written out at each product"
 
 
