@@ -11,6 +11,7 @@ The first two are for the CPU. On any other device the last one runs.
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import cache
 from typing import Any, Protocol
@@ -67,6 +68,8 @@ class Int8Product:
     def __init__(self, matrix: Quantized, device: torch.device) -> None:
         self.packed = _pack_bytes(matrix.codes, matrix.scale.squeeze(1))
         self.peak = 127 if _multiplies_bytes_exactly() else 63
+        self.finer = 2.0 * self.peak
+        self.ends = torch.tensor([[1.0, 1 / self.finer]])  # what the two rows of one token count
 
     @staticmethod
     def fits(matrix: Quantized, device: torch.device) -> bool:
@@ -76,14 +79,25 @@ class Int8Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2).float()
-        tokens, finer = flat.shape[0], 2.0 * self.peak
-        step = flat.abs().amax(-1, keepdim=True).clamp_min_(TINY).div_(self.peak)
-        scaled = flat / step
-        coarse = scaled.round()
-        rows = torch.cat((coarse, scaled.sub_(coarse).mul_(finer)))
-        out = _multiply_bytes(rows, self.packed, self.peak)
-        out = out[:tokens].add_(out[tokens:], alpha=1 / finer).mul_(step)
+        out = self._one(flat) if flat.shape[0] == 1 else self._many(flat)
         return out.unflatten(0, x.shape[:-1]).to(x.dtype)
+
+    def _one(self, token: Tensor) -> Tensor:
+        """As `_many`, with a number in the place of a column: at one token each call costs as much as its work."""
+        step = float(torch.linalg.vector_norm(token, torch.inf)) / self.peak
+        step = max(step, TINY) if math.isfinite(step) else math.nan
+        out = _multiply_bytes(self._rows(token / step), self.packed, self.peak)
+        return torch.mm(self.ends, out).mul_(step)
+
+    def _many(self, flat: Tensor) -> Tensor:
+        step = torch.linalg.vector_norm(flat, torch.inf, -1, keepdim=True).div_(self.peak).clamp_min_(TINY)
+        out = _multiply_bytes(self._rows(flat / step), self.packed, self.peak)
+        tokens = flat.shape[0]
+        return out[:tokens].add_(out[tokens:], alpha=1 / self.finer).mul_(step)
+
+    def _rows(self, scaled: Tensor) -> Tensor:
+        coarse = scaled.round()
+        return torch.cat((coarse, scaled.sub_(coarse).mul_(self.finer)))
 
 
 def _pack_bytes(codes_OI: Tensor, scale_O: Tensor) -> Any:
