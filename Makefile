@@ -10,12 +10,13 @@ READY  := $(VENV)/.ready
 BENCHMARKS := $(sort $(filter-out benchmarks/timing.py benchmarks/sft_vs_trl.py benchmarks/gptq_error.py,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint format docs docs-check bench
+.PHONY: help quickstart test test-slow test-real lint format docs docs-check bench
 
 help:
 	@echo "make quickstart   the whole lifecycle on built-in data"
 	@echo "make test         the default test suite"
 	@echo "make test-slow    the long tests"
+	@echo "make test-real    the tests on real models, which come out of packages"
 	@echo "make lint         style, formatting and types"
 	@echo "make format       mend style and formatting"
 	@echo "make docs         write what docs/ has from the recipes and the commands again"
@@ -39,6 +40,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-real: $(READY)
+	$(BIN)/python -m pytest -m real -rs $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
