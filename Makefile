@@ -6,11 +6,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-# timing.py is what the others share; sft_vs_trl.py and gptq_error.py ask for a model and data
-BENCHMARKS := $(sort $(filter-out benchmarks/timing.py benchmarks/sft_vs_trl.py benchmarks/gptq_error.py,$(wildcard benchmarks/*.py)))
+# timing.py is what the others share; sft_vs_trl.py, gptq_error.py and busy.py ask for a model; gpu.py has a target of its own
+NOT_ALONE := timing.py sft_vs_trl.py gptq_error.py busy.py gpu.py
+BENCHMARKS := $(sort $(filter-out $(addprefix benchmarks/,$(NOT_ALONE)),$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-real lint format docs docs-check bench
+.PHONY: help quickstart test test-slow test-real lint format docs docs-check bench gpu
 
 help:
 	@echo "make quickstart   the whole lifecycle on built-in data"
@@ -22,6 +23,7 @@ help:
 	@echo "make docs         write what docs/ has from the recipes and the commands again"
 	@echo "make docs-check   fail if that is out of date"
 	@echo "make bench        every script in benchmarks/ that needs no model"
+	@echo "make gpu          checks and speeds on a CUDA device, nine minutes at most, into gpu-results/"
 
 # The stamp is newer than both files exactly when the environment was installed from them.
 $(READY): pyproject.toml constraints.txt
@@ -63,3 +65,6 @@ bench: $(READY)
 	@for script in $(BENCHMARKS); do \
 		echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; \
 	done
+
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)

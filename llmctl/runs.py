@@ -2,7 +2,8 @@
 
     runs/NAME/  run.json  recipe.yaml  metrics.jsonl  run.lock  checkpoints/  + the stage's own output
 
-`status` is running, done, failed or interrupted. A crash leaves `running`, and `--resume` works
+`status` is running, done, refused (finished, but its own check found it too far from what it was made
+from), failed or interrupted. A crash leaves `running`, and `--resume` works
 from it. The lock holds pid, host and the start time of the process, so a stale one is told from a
 live one.
 """
@@ -14,7 +15,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -193,6 +194,29 @@ def finished_metrics(stage: str, path: Path, recipe_text: str) -> dict[str, Any]
     return dict(manifest.get("metrics", {})) if manifest.get("status") == "done" else None
 
 
+def accept_refused(stage: str, path: Path, recipe_text: str) -> dict[str, Any] | None:
+    """Take the result of a refused run as it is: its metrics; None if there is no refused run.
+
+    Raises UserError as `finished_metrics`.
+    """
+    if not (path / MANIFEST).is_file() or read_manifest(path).get("status") != "refused":
+        return None
+    manifest = read_manifest(path)
+    _same_recipe(stage, path, manifest, recipe_text)
+    write_json(path / MANIFEST, manifest | {"status": "done", "accepted": _now()})
+    return dict(manifest.get("metrics", {}))
+
+
+def refuse_refused(folder: Path) -> None:
+    """Raise UserError if a folder is a run whose result was refused by its own check and not accepted since."""
+    manifest = run_of(folder)
+    if manifest is not None and manifest.get("status") == "refused":
+        raise UserError(
+            f"{folder}: its own check refused it: {'; '.join(manifest['refused'])}",
+            f"the `llmctl {manifest.get('stage')}` command that made it accepts it with --accept",
+        )
+
+
 def find_runs(root: Path = RUNS) -> Iterator[Path]:
     """Every run folder under `root`, at any depth, in order of name. Checkpoints are not runs."""
     if not root.is_dir():
@@ -282,11 +306,17 @@ class Run:
         self.manifest |= fields
         self._write()
 
-    def finish(self, metrics: dict[str, Any]) -> None:
-        """Mark the run done: hash its outputs, store the final metrics."""
+    def finish(self, metrics: dict[str, Any], refused: Sequence[str] = ()) -> None:
+        """Mark the run done: hash its outputs, store the final metrics.
+
+        Args:
+            refused: what the run's own check found wrong with the result. It is kept, but `refuse_refused` stops
+                whoever would use it until it is accepted.
+        """
         outputs = output_hashes(self.path)
         self.record(
-            status="done",
+            status="refused" if refused else "done",
+            refused=list(refused),
             finished=_now(),
             outputs=outputs,
             hash=combined_hash(outputs),

@@ -119,11 +119,15 @@ def torch_devices() -> list[Finding]:
         import torch
     except (ImportError, OSError) as error:
         return [Finding("devices", "missing", f"torch does not load: {error}", "pip install torch")]
-    from llmctl.kernels.device import has_fast_bfloat16, physical_cores
+    from llmctl.kernels.device import has_fast_bfloat16
+    from llmctl.kernels.threads import look
 
-    cores = f"{physical_cores()} cores, torch uses {torch.get_num_threads()} threads"
     fast = "bfloat16" if has_fast_bfloat16(torch.device("cpu")) else "float32"
-    found = [Finding("cpu", "ok", f"{cores}; computes in {fast}")]
+    choice = look()
+    found = [
+        Finding("cpu", "ok", f"computes in {fast}"),
+        Finding("threads", "ok", f"{choice.threads} ({choice.why})"),
+    ]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         fast = "bfloat16" if has_fast_bfloat16(torch.device("cuda", index)) else "float16, float32"

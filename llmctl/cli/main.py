@@ -105,6 +105,8 @@ ShowVersion = Annotated[
     bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the version")
 ]
 
+SPINS = 15_000  # of a waiting thread before it sleeps, about a millisecond; GNU OpenMP itself takes 300,000
+
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -158,6 +160,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     """Run a command line (`sys.argv` by default) and exit with its code."""
     words = sys.argv[1:] if args is None else args
     quiet_libraries()
+    bound_spinning()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a terminal that cannot show a character gets its code, not a traceback
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -178,6 +181,17 @@ def quiet_libraries() -> None:
     """Keep what libraries say to programmers from the terminal: renamed methods, kernels that could be installed."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|trl")
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+
+
+def bound_spinning() -> None:
+    """Let OpenMP threads spin for a millisecond and then sleep while they wait, unless the user has said how they shall.
+
+    OpenMP reads this when torch is imported. Threads that spin keep a core from the one they wait for wherever
+    there are fewer free cores than threads. GNU's runtime lets them do so for some 20 ms: with one of two cores busy,
+    decoding falls to a twentieth (`benchmarks/busy.py`).
+    """
+    if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
 
 
 def command_name(words: list[str]) -> str:

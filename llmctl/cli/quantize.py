@@ -9,7 +9,7 @@ import typer
 from llmctl.cli.options import AsJson, RecipeFile, Words, flag
 from llmctl.cli.output import figure, print_json, print_listing, print_table, size
 from llmctl.cli.progress import make_talk
-from llmctl.cli.tune import checked, show_answers
+from llmctl.cli.tune import Accept, checked, show_answers
 
 FEW = 6  # layers that are named; run.json lists them all
 # title, metric before, metric after, how it is shown
@@ -32,13 +32,14 @@ def quantize(
     out: Annotated[str | None, flag("quantize", "out", "DIR")] = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("quantize", "device", "NAME")] = None,
+    accept: Accept = False,
     as_json: AsJson = False,
 ) -> None:
     """Store MODEL in a few bits, and measure the loss.
 
     The result is read back from disk and held against MODEL on data it was not quantized by: perplexity,
     divergence, preferred tokens, speed. Exit code 3 if it is further away than compare.min_top1 and
-    compare.max_kl allow. An adapter is folded in first. KEY=VALUE sets any field of the recipe; `llmctl
+    compare.max_kl allow; it is kept then, and --accept takes it as it is. An adapter is folded in first. KEY=VALUE sets any field of the recipe; `llmctl
     recipe show quantize` lists them.
     """
     from llmctl.recipe.quantize import QuantizeRecipe
@@ -48,7 +49,7 @@ def quantize(
     recipe_checked = checked(QuantizeRecipe, ctx, "quantize", words, recipe, False)
     from llmctl.stages import quantize as stage
 
-    result = stage.run(recipe_checked, make_talk())
+    result = stage.run(recipe_checked, make_talk(), accept=accept)
     if as_json:
         print_json({"run": result.path, "metrics": result.metrics})
     else:

@@ -20,6 +20,7 @@ from llmctl.cli.output import print_json, print_listing
 from llmctl.cli.progress import make_talk
 from llmctl.errors import UsageError
 
+Accept = Annotated[bool, typer.Option("--accept", help="keep the result though its check refuses it")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with the run in --out")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 MODEL = "name a run folder, a Hugging Face folder or a hub id"
@@ -156,19 +157,21 @@ def merge(
     dtype: Annotated[str | None, flag("merge", "dtype", "NAME")] = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("merge", "device", "NAME")] = None,
+    accept: Accept = False,
     as_json: AsJson = False,
 ) -> None:
     """Fold the adapter of RUN into its base, and prove the result.
 
-    The merged model is read back from disk and held against the adapter; exit code 3 if they differ, or if
-    the adapter changes nothing. KEY=VALUE sets any field of the recipe; `llmctl recipe show merge` lists them.
+    The merged model is read back from disk and held against the adapter; exit code 3 if they differ by more
+    than rounding explains, or if the adapter changes nothing. A result that is refused is kept; --accept takes
+    it as it is. KEY=VALUE sets any field of the recipe; `llmctl recipe show merge` lists them.
     """
     from llmctl.recipe.tune import MergeRecipe
 
     settled = checked(MergeRecipe, ctx, "merge", words, recipe, False)
     from llmctl.stages import merge as stage
 
-    result = stage.run(settled, make_talk())
+    result = stage.run(settled, make_talk(), accept=accept)
     if as_json:
         print_json({"run": result.path, "metrics": result.metrics})
     else:
@@ -228,13 +231,14 @@ def compare(
             f"two models are compared: {MODEL}",
         )
     from llmctl.stages import compare as stage
+    from llmctl.stages.gate import refuse_drift
 
     found = stage.run(settled, make_talk())
     if as_json:
         print_json(found)
     else:
         _show_comparison({name: value for name, value in found.items() if name != "failed"})
-    stage.refuse_drift(found["failed"], settled.base, settled.other)
+    refuse_drift(found["failed"], settled.base, settled.other)
 
 
 def checked(

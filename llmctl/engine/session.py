@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor
 
+from llmctl.kernels.threads import Work, count_work
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.context import plain_context
 from llmctl.model.state import State
@@ -26,6 +28,7 @@ class Session:
         self._stack, self._head = model.model, model.head
         self._states: list[State] = []
         self._longest: int = model.config.max_position_embeddings
+        self._work = Work("decoding", "tokens", id(model.model))
 
     @torch.inference_mode()
     def generate(
@@ -54,7 +57,10 @@ class Session:
             state.reserve(room, self._longest)
         new = prompt_ids[len(self.ids) :]
         for _ in range(max_new_tokens):
+            started = time.perf_counter()
             token = int(sample(self._read(new)))
+            if len(new) == 1:  # reading a prompt is other work
+                count_work(self._work, 1, time.perf_counter() - started)
             yield token
             if token in stop_ids:
                 return

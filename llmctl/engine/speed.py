@@ -8,6 +8,7 @@ from statistics import median
 
 from llmctl.engine.generate import generate
 from llmctl.engine.sampling import likeliest
+from llmctl.kernels.threads import steady_threads
 from llmctl.model import LlmctlForCausalLM
 
 ROUNDS = 3
@@ -20,9 +21,10 @@ def decoding_speeds(models: Sequence[LlmctlForCausalLM], prompt_ids: list[int], 
         tokens: new tokens in a round, at least 2; with the prompt they must fit the models' contexts.
     """
     found: list[list[float]] = [[] for _ in models]
-    for _ in range(ROUNDS):
-        for model, speeds in zip(models, found, strict=True):
-            speeds.append(decoding_speed(model, prompt_ids, tokens))
+    with steady_threads():
+        for _ in range(ROUNDS):
+            for model, speeds in zip(models, found, strict=True):
+                speeds.append(decoding_speed(model, prompt_ids, tokens))
     return [median(speeds) for speeds in found]
 
 

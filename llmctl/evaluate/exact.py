@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from llmctl.kernels.device import Compute
+from llmctl.kernels.threads import Work, timed
 from llmctl.model import LlmctlForCausalLM
 
 Pair = tuple[list[int], list[int]]  # prompt ids and the ids that should follow
+WORK = Work("exact completion", "tokens")
 
 
 @torch.no_grad()
@@ -36,7 +38,7 @@ def exact_matches(
         for row, (prompt, completion) in enumerate(part):
             ids[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
             mask[row, : len(prompt) + len(completion)] = 1
-        with compute.autocast():
+        with compute.autocast(), timed(WORK, ids.numel()):
             logits = model(ids.to(compute.device), attention_mask=mask.to(compute.device)).logits
         likeliest = logits.argmax(-1).cpu()
         for row, (prompt, completion) in enumerate(part):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmctl.kernels.cross_entropy import IGNORE
 from llmctl.kernels.device import Compute
+from llmctl.kernels.threads import timed_batches
 from llmctl.model import LlmctlForCausalLM
 
 
@@ -63,7 +64,7 @@ def score(
     nats = torch.zeros(2, dtype=torch.float64)
     tokens = 0
     special = torch.tensor(sorted(special_ids), dtype=torch.long, device=compute.device)
-    for batch in batches:
+    for batch in timed_batches(batches, model):
         moved = {name: value.to(compute.device) for name, value in batch.items()}
         labels = moved["labels"][:, 1:].flatten()
         tokens += int((labels != IGNORE).sum())

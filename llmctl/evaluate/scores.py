@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from llmctl.kernels.device import Compute
+from llmctl.kernels.threads import Work, timed
 from llmctl.model import LlmctlForSequenceClassification
+
+WORK = Work("scoring", "tokens")
 
 
 @torch.no_grad()
@@ -35,7 +38,7 @@ def scores(
             ids[row, : len(sequences[number])] = torch.tensor(sequences[number])
             mask[row, : len(sequences[number])] = 1
         device = compute.device
-        with compute.autocast():
+        with compute.autocast(), timed(WORK, ids.numel()):
             logits = model(ids.to(device), attention_mask=mask.to(device)).logits
         for number, value in zip(chosen, logits[:, 0].tolist(), strict=True):
             found[number] = value

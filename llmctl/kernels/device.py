@@ -99,15 +99,3 @@ def cpu_facts() -> dict[str, str]:
     except OSError:
         return {}
     return facts
-
-
-def physical_cores() -> int:
-    """Cores this process may use, counting two hyperthreads once."""
-    import psutil
-
-    allowed = (
-        len(psutil.Process().cpu_affinity())
-        if hasattr(psutil.Process, "cpu_affinity")
-        else psutil.cpu_count()
-    )
-    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed or 1))

@@ -20,17 +20,35 @@ def words_for(count: int, bits: int) -> int:
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """int8 codes [R, N] in -2^(bits-1) … 2^(bits-1)-1 -> int32 words [R, words_for(N, bits)], on the CPU."""
-    stored = (codes.cpu().to(torch.int16) + (1 << (bits - 1))).to(torch.uint8).numpy()
-    stream = np.unpackbits(stored[..., None], axis=-1, count=bits, bitorder="little").reshape(len(stored), -1)
-    stream = np.pad(stream, ((0, 0), (0, -stream.shape[1] % WORD)))
-    return torch.from_numpy(np.packbits(stream, axis=-1, bitorder="little").view("<i4").astype(np.int32))
+    """int8 codes [R, N] in -2^(bits-1) … 2^(bits-1)-1 -> int32 words [R, words_for(N, bits)], on the same device."""
+    stored = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    return _to_bytes(stored, bits) if 8 % bits == 0 else _to_stream(stored, bits)
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     """The int8 codes [R, count] that `pack_words` was given."""
     stored = _from_bytes(words, bits) if 8 % bits == 0 else _from_words(words, bits)
     return (stored[:, :count].to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+
+def _to_bytes(stored: Tensor, bits: int) -> Tensor:
+    """Where no code lies across two bytes, on a little-endian machine: many times as fast as bit by bit."""
+    # padding nothing keeps the strides, and the view below needs whole rows
+    filled = F.pad(stored.contiguous(), (0, -stored.shape[1] % (WORD // bits))).unflatten(1, (-1, 8 // bits))
+    octets = filled[..., 0].clone()
+    for place in range(1, 8 // bits):
+        octets |= filled[..., place] << (place * bits)
+    return octets.view(torch.int32)
+
+
+def _to_stream(stored: Tensor, bits: int) -> Tensor:
+    on_host = stored.cpu().numpy()
+    stream = np.unpackbits(on_host[..., None], axis=-1, count=bits, bitorder="little").reshape(
+        len(on_host), -1
+    )
+    stream = np.pad(stream, ((0, 0), (0, -stream.shape[1] % WORD)))
+    words = np.packbits(stream, axis=-1, bitorder="little").view("<i4").astype(np.int32)
+    return torch.from_numpy(words).to(stored.device)
 
 
 def _from_bytes(words: Tensor, bits: int) -> Tensor:

@@ -30,7 +30,7 @@ from llmctl.model.packed import PackedLinear, settle
 from llmctl.model.seq2seq import LlmctlForConditionalGeneration
 from llmctl.model.weights import PICKLED, PICKLED_INDEX, Stored, open_weights
 from llmctl.recipe.model import ModelSection
-from llmctl.runs import run_of
+from llmctl.runs import refuse_refused, run_of
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
 PICKLES = [PICKLED, PICKLED_INDEX, "pytorch_model-*.bin"]
@@ -104,9 +104,10 @@ def load_model(
     Raises:
         UserError: no such folder or file, an unsupported architecture or another kind of model, a file
             that is not safetensors (or an allowed pickle) or was cut short, tensors that are missing,
-            unexpected or of another shape.
+            unexpected or of another shape; a run whose result was refused.
     """
     folder = locate(str(where), FILES + PICKLES if allow_pickle else FILES)
+    refuse_refused(folder)
     config = config_in(folder)
     _refuse_other_kind(folder, config, kind)
     family = FAMILIES.get(config.spec.family)

@@ -82,7 +82,7 @@ class Stack:
 
     def embed(self, tokens: Tensor, ctx: Context, types_BT: Tensor | None = None) -> Tensor:
         """Token ids [B, T], or embeddings [B, T, E] in their place -> the stream before the first block."""
-        x_BTE = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
+        x_BTE = tokens if tokens.is_floating_point() else self._looked_up(tokens)
         if self.spec.embedding_multiplier != 1.0:
             # rounded to the precision of the stream, as Gemma does
             x_BTE = x_BTE * torch.tensor(
@@ -97,6 +97,10 @@ class Stack:
         if self.spec.hidden_dropout and self.layers.training:
             x_BTE = F.dropout(x_BTE, self.spec.hidden_dropout)
         return x_BTE
+
+    def _looked_up(self, tokens: Tensor) -> Tensor:
+        """Rows of the table, in the precision of the stream: that of the norms, which are never packed."""
+        return self.embed_tokens(tokens).to(next(self.layers[0].input_layernorm.parameters()).dtype)
 
     def run(
         self,

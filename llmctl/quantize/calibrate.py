@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmctl.errors import UserError
 from llmctl.kernels.quantized import Quantized
+from llmctl.kernels.threads import Work, timed
 from llmctl.model import Leaf, LlmctlForCausalLM, leaves
 from llmctl.model.context import context_of
 from llmctl.quantize.absmax import absmax
@@ -69,6 +70,31 @@ def quantize_blocks(
         text.advance(block)
         text.expect_finite(name)
     return found
+
+
+@torch.no_grad()
+def input_energies(model: LlmctlForCausalLM, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Name of a leaf -> mean square of each of its inputs, float32 [I], over the real tokens that came to it.
+
+    Args:
+        batches: as `quantize_blocks`. A leaf that no token came to, an expert, is left out.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    real = torch.zeros(0, dtype=torch.bool)
+
+    def seen(leaf: Leaf, x: Tensor) -> None:
+        # an expert is given real tokens only, one after the other
+        x_NI = (x[real] if x.dim() == 3 else x).float()
+        sums[leaf.name] = x_NI.square().sum(0) + sums.get(leaf.name, 0)
+        counts[leaf.name] = len(x_NI) + counts.get(leaf.name, 0)
+
+    with _inputs([leaf for leaf in leaves(model) if leaf.kind == "linear"], seen):
+        for batch in batches:
+            moved = {name: value.to(model.device) for name, value in batch.items()}
+            real = moved["attention_mask"].bool()
+            model.model(moved["input_ids"], position_ids=moved["position_ids"])
+    return {name: total / counts[name] for name, total in sums.items() if counts[name]}
 
 
 @torch.no_grad()
@@ -158,7 +184,9 @@ class _Text:
                 total.addmm_(x_NI.T, x_NI)
                 raise _Enough
 
-            with _inputs([leaf], seen):
+            # as far as this leaf: only the same one of other blocks takes as long
+            work = Work("calibration", "tokens", leaf.name.rpartition(".")[2])
+            with _inputs([leaf], seen), timed(work, rows.real.numel()):
                 self._run(block, rows)
         if not total.isfinite().all():
             raise _not_finite(
@@ -169,7 +197,8 @@ class _Text:
     def advance(self, block: nn.Module) -> None:
         """Let the text through a block."""
         for index, rows in enumerate(self._rows):
-            out = self._run(block, rows)
+            with timed(Work("calibration", "tokens"), rows.real.numel()):
+                out = self._run(block, rows)
             assert out is not None
             self._rows[index] = replace(rows, hidden=out.float().cpu())
 

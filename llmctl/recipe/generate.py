@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from llmctl.recipe.base import Section, StageRecipe, about
-from llmctl.recipe.train import Device, Dtype
+from llmctl.recipe.train import Device, Dtype, Threads
 
 
 class SamplingSection(Section):
@@ -18,6 +18,7 @@ class SamplingSection(Section):
     seed: int = about("generate.seed", 0, ge=0)
     ignore_eos: bool = about("generate.ignore_eos", False)
     dtype: Dtype = about("generate.dtype", "auto")
+    threads: Threads = about("generate.threads", "auto")
 
 
 class GenerateSection(SamplingSection):

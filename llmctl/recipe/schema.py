@@ -12,7 +12,7 @@ from llmctl.recipe.convert import ConvertRecipe
 from llmctl.recipe.generate import GenerateRecipe
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.quantize import QuantizeRecipe
-from llmctl.recipe.train import Device, Dtype, Overlong, StepsSection
+from llmctl.recipe.train import Device, Dtype, Overlong, StepsSection, Threads
 from llmctl.recipe.tune import CompareRecipe, DpoRecipe, MergeRecipe, RewardRecipe, ScoreRecipe, SftRecipe
 
 TokenizerKind = Literal["byte-bpe", "bpe", "wordpiece", "unigram", "sentencepiece", "word", "char"]
@@ -107,6 +107,7 @@ class EvalSection(Section):
     batch_size: int = about("eval.batch_size", 16, ge=1)
     max_rows: int | None = about("eval.max_rows", None, ge=1)
     dtype: Dtype = about("eval.dtype", "float32")
+    threads: Threads = about("eval.threads", "auto")
     cache_dir: str = about("eval.cache_dir", CACHE_DIR)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
 
 from llmctl.recipe.base import Section, about
 
@@ -10,6 +12,20 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Overlong = Literal["error", "drop", "truncate", "split"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
+
+MOST_THREADS = 1024  # more are a slip of the keyboard, and would end in an error of OpenMP
+
+
+def _threads(value: Any) -> Any:
+    """One sentence for both choices, where pydantic would tell of each; `null` of older recipes is auto."""
+    if value is None:
+        return "auto"
+    if value == "auto" or (type(value) is int and 1 <= value <= MOST_THREADS):
+        return value
+    raise ValueError(f"`{value}` is neither a number of threads (1 to {MOST_THREADS:,}) nor auto")
+
+
+Threads = Annotated[Annotated[int, Field(ge=1, le=MOST_THREADS)] | Literal["auto"], BeforeValidator(_threads)]
 
 
 class StepsSection(Section):
@@ -32,7 +48,7 @@ class StepsSection(Section):
     seed: int = about("train.seed", 0, ge=0)
     dtype: Dtype = about("train.dtype", "auto")
     gradient_checkpointing: bool = about("train.gradient_checkpointing", False)
-    threads: int | None = about("train.threads", None, ge=1)
+    threads: Threads = about("train.threads", "auto")
     logging_steps: int = about("train.logging_steps", 10, ge=1)
     eval_steps: int | None = about("train.eval_steps", None, ge=1)
     save_steps: int | None = about("train.save_steps", None, ge=1)

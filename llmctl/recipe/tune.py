@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from llmctl.recipe.base import Section, StageRecipe, about
 from llmctl.recipe.preference import DPO_RATES, REWARD_RATES, DpoSection, PreferenceTrain, RewardSection
-from llmctl.recipe.train import Device, Dtype, Overlong, StepsSection
+from llmctl.recipe.train import Device, Dtype, Overlong, StepsSection, Threads
 
 Method = Literal["lora", "qlora", "full"]
 
@@ -153,6 +153,7 @@ class ScoreSection(Section):
     max_length: int | None = about("score.max_length", None, gt=1)
     batch_size: int = about("score.batch_size", 8, ge=1)
     dtype: Dtype = about("score.dtype", "float32")
+    threads: Threads = about("score.threads", "auto")
 
 
 class ScoreRecipe(StageRecipe):
@@ -170,6 +171,7 @@ class CompareRows(Section):
     data: list[str] = about("compare.data", [])
     text_field: str = about("compare.text_field", "text")
     max_rows: int = about("compare.max_rows", 200, ge=1)
+    max_tokens: int = about("compare.max_tokens", 4096, ge=1)
     max_length: int | None = about("compare.max_length", None, gt=1)
     batch_size: int = about("compare.batch_size", 8, ge=1)
     answers: int = about("compare.answers", 8, ge=0)
@@ -180,8 +182,9 @@ class CompareSection(CompareRows):
     """`compare.*`: and how far apart they may be."""
 
     min_top1: float = about("compare.min_top1", 0.99, ge=0, le=1)
-    max_kl: float = about("compare.max_kl", 0.01, ge=0)
+    max_kl: float | None = about("compare.max_kl", None, ge=0)
     dtype: Dtype = about("compare.dtype", "float32")
+    threads: Threads = about("compare.threads", "auto")
 
 
 class CompareRecipe(StageRecipe):

@@ -145,7 +145,7 @@ WORDS: dict[str, str] = {
     "train.dtype": "compute precision; weights and optimizer stay float32",
     "train.gradient_checkpointing": "recompute activations in the backward pass to save memory",
     "train.torch_compile": "compile the blocks with torch.compile; needs a C++ compiler on CPU",
-    "train.threads": "CPU threads; all physical cores when unset",
+    "train.threads": "CPU threads: auto takes the cores that are allowed and idle, and may change; a number is kept",
     "train.logging_steps": "steps between metric lines",
     "train.eval_steps": "steps between evaluations; a tenth of the run when unset",
     "train.eval_max_rows": "rows evaluated each time; all when unset",
@@ -175,19 +175,22 @@ WORDS: dict[str, str] = {
     "score.max_length": "tokens in a row, cut to that; max_position_embeddings when unset",
     "score.batch_size": "rows in one forward pass",
     "score.dtype": "precision of weights and compute",
+    "score.threads": "CPU threads, as train.threads",
     "compare": "how two models are compared, and how far apart they may be",
     "compare.data": "conversations or text to compare on",
     "compare.text_field": "field that holds the text in json, jsonl, csv and parquet files",
     "compare.max_rows": "rows compared at most, the first ones",
-    "compare.max_length": "tokens in a row, cut to that; max_position_embeddings when unset",
+    "compare.max_tokens": "predicted tokens compared at most; whole batches",
+    "compare.max_length": "tokens in a row, cut to that; at most 512 when unset",
     "compare.batch_size": "rows in one forward pass",
     "compare.answers": "prompts that both models answer",
     "compare.max_new_tokens": "tokens of an answer at most",
-    "compare.min_top1": "least share of tokens on which both must prefer the same next token; quantize sets it by bits",
-    "compare.max_kl": "most nats per token by which the second may diverge from the first; quantize sets it by bits",
+    "compare.min_top1": "least share of tokens on which both must prefer the same next token, of those that rounding does not decide; quantize sets it by bits",
+    "compare.max_kl": "most nats per token by which the second may diverge from the first; unset: twice what rounding alone does, and at least 0.01 (compare), or 0.0001 more (merge); quantize sets it by bits",
     "compare.speed_tokens": "tokens decoded for each measurement of speed",
     "compare.min_effect": "least nats per token by which an adapter must move its base",
     "compare.dtype": "precision of weights and compute",
+    "compare.threads": "CPU threads, as train.threads",
     # quantization
     "quantize": "how weights become integers",
     "quantize.method": "int8 rounds to the nearest of 8 bits; gptq mends each rounding by the weights that follow",
@@ -197,6 +200,7 @@ WORDS: dict[str, str] = {
     "quantize.calibration": "conversations or text to quantize by, and to measure on where there is no compare.data",
     "quantize.calibration_rows": "rows quantized by at most, the first ones",
     "quantize.act_order": "round the inputs with the largest activations first",
+    "quantize.threads": "CPU threads, as train.threads",
     "quantize.damping": "added to the Hessian's diagonal, as a share of its mean; grows where that is too little",
     # learning from preferences
     "reward": "the loss of a reward model",
@@ -215,6 +219,7 @@ WORDS: dict[str, str] = {
     "generate.ignore_eos": "go on past the end token",
     "generate.chat": "render the prompt through the chat template",
     "generate.dtype": "precision of weights and compute; auto is the checkpoint's own, but float32 for float16 on a CPU",
+    "generate.threads": "CPU threads, as train.threads",
     # chat.*, which has what generate.* has
     "chat": "how to answer in a conversation",
     "chat.system": "system prompt: what the model is told before the conversation",
@@ -228,9 +233,10 @@ WORDS: dict[str, str] = {
     "eval.batch_size": "rows in one forward pass",
     "eval.max_rows": "score only the first rows",
     "eval.dtype": "precision of weights and compute",
+    "eval.threads": "CPU threads, as train.threads",
     "eval.cache_dir": "folder for token shards, shared between runs",
 }
 
 # what a conversation shares with a single prompt has the same words
-SHARED = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos", "dtype")
+SHARED = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos", "dtype", "threads")
 WORDS |= {f"chat.{name}": WORDS[f"generate.{name}"] for name in SHARED}

@@ -62,7 +62,7 @@ def begin(recipe: ChatRecipe, talk: Talk) -> Chat:
     """
     assert recipe.base is not None
     settings = recipe.chat
-    model, tokenizer = open_writer(recipe.base, recipe.device, settings.dtype, "chat.dtype")
+    model, tokenizer = open_writer(recipe.base, recipe.device, settings, "chat", talk)
     if paths := paths_of(model):
         talk.say(f"quantized: {paths}")
     if tokenizer.chat_template is None:

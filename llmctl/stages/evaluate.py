@@ -14,6 +14,7 @@ from llmctl.evaluate.exact import exact_matches
 from llmctl.evaluate.intervals import share_interval
 from llmctl.evaluate.perplexity import score
 from llmctl.kernels.device import Compute, pick_compute
+from llmctl.kernels.threads import use_threads
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.open import open_model
 from llmctl.recipe.schema import EvalRecipe, EvalSection
@@ -46,6 +47,7 @@ def run(recipe: EvalRecipe, talk: Talk) -> dict[str, Any]:
         raise UserError("no data to score", "name files with --data FILE")
     assert recipe.base is not None
     compute = pick_compute(recipe.device, settings.dtype, "eval.dtype")
+    use_threads(settings.threads, "eval.threads", compute.device, talk)
     tokenizer = fitting_tokenizer(recipe.base)
     model = open_model(recipe.base, compute.dtype, compute.device)
     if settings.answers:

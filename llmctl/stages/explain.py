@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmctl.errors import UserError
 from llmctl.kernels.device import pick_device
+from llmctl.kernels.threads import use_threads
 from llmctl.model.open import open_config, open_model
 from llmctl.model.trace import trace
 from llmctl.model.traced import Attention, Guess, Layer, Step, Table, Trace
@@ -91,6 +92,7 @@ def run(where: str, text: str, device: str, talk: Talk, layer: int | None = None
             f"the text has {len(ids):,} tokens, but the model's context is {longest:,}", "shorten the text"
         )
     place = pick_device(device)
+    use_threads("auto", "threads", place, talk)
     model = open_model(where, None, place, exact=True)
     if place.type == "cpu" and model.dtype == torch.float16:
         talk.say("float16 weights are computed with as float32 on a CPU")

@@ -13,6 +13,7 @@ from llmctl.engine.generate import generate
 from llmctl.engine.sampling import sampler
 from llmctl.errors import UserError
 from llmctl.kernels.device import DTYPES, pick_device
+from llmctl.kernels.threads import use_threads
 from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.adapters import is_adapter
@@ -40,21 +41,22 @@ def run(
     """
     assert recipe.base is not None
     settings = recipe.generate
-    model, tokenizer = open_writer(recipe.base, recipe.device, settings.dtype, "generate.dtype")
+    model, tokenizer = open_writer(recipe.base, recipe.device, settings, "generate", talk)
     ids = prompt_ids(tokenizer, prompt, settings.chat, recipe.base)
     return continue_ids(model, tokenizer, ids, settings, talk, on_text)
 
 
 def open_writer(
-    where: str, device: str, dtype: str, field: str
+    where: str, device: str, settings: SamplingSection, section: str, talk: Talk
 ) -> tuple[LlmctlForCausalLM, PreTrainedTokenizerFast]:
-    """A model and its tokenizer, which fit each other.
+    """A model and its tokenizer, which fit each other; sets the number of threads too.
 
     Args:
-        field: what the recipe calls `dtype`.
+        section: what the recipe calls `settings`.
     """
     tokenizer = fitting_tokenizer(where)
-    return load_for_generation(where, device, dtype, field), tokenizer
+    use_threads(settings.threads, f"{section}.threads", pick_device(device), talk)
+    return load_for_generation(where, device, settings.dtype, f"{section}.dtype"), tokenizer
 
 
 def load_for_generation(

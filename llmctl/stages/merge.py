@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,18 @@ from transformers import PreTrainedTokenizerFast
 from llmctl.errors import CheckFailed, UserError
 from llmctl.files import read_json
 from llmctl.kernels.device import DTYPES, Compute, pick_compute
+from llmctl.kernels.threads import use_threads
 from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.adapters import ADAPTER_CONFIG, TASKS, is_adapter
 from llmctl.model.checkpoint import FILES, save_model
 from llmctl.model.open import open_base, open_folded, open_model, stored_dtype
 from llmctl.recipe.load import dump_recipe
-from llmctl.recipe.tune import MergeRecipe
-from llmctl.runs import Run, RunResult, check_out, default_out, run_of
-from llmctl.stages.compare import held_together, out_of_bounds, refuse_drift, shared_rows
+from llmctl.recipe.tune import CompareRows, MergeRecipe
+from llmctl.runs import Run, RunResult, accept_refused, check_out, default_out, run_of
+from llmctl.stages.compare import held_together, shared_rows
 from llmctl.stages.finish import install
+from llmctl.stages.gate import faithful_kl, kept_hint, out_of_bounds, refuse_drift, rounded_dtype
 from llmctl.stages.rows import TalkRows
 from llmctl.stages.text import parent
 from llmctl.talk import Talk
@@ -32,8 +35,28 @@ from llmctl.tokenizer.template import stop_ids, template_hash
 STAGE = "merge"
 
 
-def run(recipe: MergeRecipe, talk: Talk) -> RunResult:
-    """Fold, write, read back and compare; the folder gets the model only if it still is the adapter's.
+@dataclass(frozen=True)
+class _Merge:
+    """A merge whose inputs were checked."""
+
+    folder: Path
+    recipe: MergeRecipe
+    rows: TalkRows
+    compute: Compute
+    talk: Talk
+
+    def compare(
+        self, a: LlmctlForCausalLM, b: LlmctlForCausalLM, settings: CompareRows, noise: torch.dtype | None
+    ) -> dict[str, Any]:
+        """Two models on the rows of the merge."""
+        return held_together(a, b, self.rows, str(self.folder), settings, self.compute, noise, self.talk)
+
+
+def run(recipe: MergeRecipe, talk: Talk, accept: bool = False) -> RunResult:
+    """Fold, write, read back and compare. A model that is not what the adapter was is kept, but refused.
+
+    Args:
+        accept: keep what is refused as if it were not; a folder that holds such a result is not made again.
 
     Raises:
         UserError: RUN is no adapter, its base is gone or has changed, there is no data to compare on.
@@ -51,14 +74,19 @@ def run(recipe: MergeRecipe, talk: Talk) -> RunResult:
             f"{folder}: an adapter of a reward model, which is not merged", "`llmctl score` reads it as it is"
         )
     out = Path(recipe.out) if recipe.out else default_out(STAGE)
-    check_out(out, resumable=False)
     settings = recipe.compare.model_copy(update={} if recipe.compare.data else _data_of(folder))
     recipe = recipe.model_copy(update={"compare": settings})
+    text = dump_recipe(recipe.model_copy(update={"out": None}))
+    if accept and (known := accept_refused(STAGE, out, text)) is not None:
+        return RunResult(out, known)
+    check_out(out, resumable=False)
     compute = pick_compute(recipe.device, settings.dtype, "compare.dtype")
+    use_threads(settings.threads, "compare.threads", compute.device, talk)
     tokenizer = load_tokenizer(str(folder))
     rows = shared_rows(str(folder), str(folder), settings, talk)
     adapted = open_model(folder, compute.dtype, compute.device)
-    effect = _effect(folder, adapted, rows, recipe, compute)
+    job = _Merge(folder, recipe, rows, compute, talk)
+    effect = _effect(job, adapted)
     talk.say(f"the adapter moves its base by {effect:.4g} nats per token")
     if (run_of(folder) or {}).get("base_precision") == "nf4":
         talk.say("the adapter was trained on a base in NF4: it is folded into that base, written out in full")
@@ -70,49 +98,47 @@ def run(recipe: MergeRecipe, talk: Talk) -> RunResult:
         "stop_ids": stop_ids(tokenizer),
         "never_seen": (run_of(folder) or {}).get("never_seen", []),
     }
-    with Run.start(STAGE, out, dump_recipe(recipe.model_copy(update={"out": None})), **fields) as opened:
+    with Run.start(STAGE, out, text, **fields) as opened:
         found: dict[str, Any] = {}
-        install(partial(_write_and_prove, folder, adapted, rows, recipe, compute, tokenizer, found), out)
-        metrics = {name: value for name, value in found.items() if name != "answers"} | {"effect": effect}
-        opened.finish(metrics)
-    return RunResult(out, metrics | {"answers": found["answers"]})
+        install(partial(_write_and_prove, job, adapted, tokenizer, found), out)
+        answers, failed = found.pop("answers"), found.pop("failed")
+        metrics = found | {"effect": effect}
+        opened.finish(metrics, refused=[] if accept else failed)
+    refuse_drift([] if accept else failed, folder, "the merged model", kept_hint(out))
+    return RunResult(out, metrics | {"answers": answers})
 
 
 def _write_and_prove(
-    folder: Path,
+    job: _Merge,
     adapted: LlmctlForCausalLM,
-    rows: TalkRows,
-    recipe: MergeRecipe,
-    compute: Compute,
     tokenizer: PreTrainedTokenizerFast,
     found: dict[str, Any],
     target: Path,
 ) -> None:
-    model = open_folded(folder, torch.float32)
+    model = open_folded(job.folder, torch.float32)
     model.config.eos_token_id = model.generation_config.eos_token_id
-    save_model(model.to(DTYPES.get(recipe.dtype) or stored_dtype(folder)), target)
+    save_model(model.to(DTYPES.get(job.recipe.dtype) or stored_dtype(job.folder)), target)
     tokenizer.save_pretrained(target)
-    written = open_model(target, compute.dtype, compute.device)
-    found |= held_together(adapted, written, rows, str(folder), recipe.compare, compute)
-    bounds = recipe.compare
-    refuse_drift(out_of_bounds(found, bounds.min_top1, bounds.max_kl), folder, "the merged model")
+    written = open_model(target, job.compute.dtype, job.compute.device)
+    found |= job.compare(adapted, written, job.recipe.compare, rounded_dtype(job.folder, target))
+    bounds = job.recipe.compare
+    allowed = faithful_kl(found) if bounds.max_kl is None else bounds.max_kl
+    found |= {"allowed_kl": allowed, "failed": out_of_bounds(found, bounds.min_top1, allowed)}
 
 
-def _effect(
-    folder: Path, adapted: LlmctlForCausalLM, rows: TalkRows, recipe: MergeRecipe, compute: Compute
-) -> float:
+def _effect(job: _Merge, adapted: LlmctlForCausalLM) -> float:
     """KL(base, adapter) in nats per token. Raises CheckFailed if the adapter does nothing, or NaN comes out."""
-    base = open_base(folder, torch.float32).to(device=compute.device, dtype=compute.dtype)
-    quiet = recipe.compare.model_copy(update={"answers": 0})
-    effect = held_together(base, adapted, rows, str(folder), quiet, compute)["kl"]
+    base = open_base(job.folder, torch.float32).to(device=job.compute.device, dtype=job.compute.dtype)
+    bounds = job.recipe.compare
+    effect = job.compare(base, adapted, bounds.model_copy(update={"answers": 0}), None)["kl"]
     if math.isnan(effect):
         raise CheckFailed(
-            f"{folder}: the odds its base or the adapter gives are not numbers",
+            f"{job.folder}: the odds its base or the adapter gives are not numbers",
             "is the base any good? `llmctl eval` it",
         )
-    if effect < recipe.compare.min_effect:
+    if effect < bounds.min_effect:
         raise CheckFailed(
-            f"{folder}: the adapter changes nothing: {effect:.3g} nats per token against its base",
+            f"{job.folder}: the adapter changes nothing: {effect:.3g} nats per token against its base",
             "train it longer or with a higher train.learning_rate; compare.min_effect sets the bound",
         )
     return float(effect)

@@ -185,6 +185,7 @@ def _job(
         load=partial(load_weights, model),
         evaluate=evaluate if eval_rows is not None else None,
         after_step=partial(after_step, model),
+        compiled=settings.torch_compile,
     )
 
 

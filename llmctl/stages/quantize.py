@@ -15,6 +15,7 @@ from llmctl.errors import UserError
 from llmctl.files import read_json, write_atomic
 from llmctl.kernels.device import pick_device
 from llmctl.kernels.quantized import Quantized
+from llmctl.kernels.threads import use_threads
 from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM, leaves
 from llmctl.model.adapters import is_adapter
@@ -22,36 +23,41 @@ from llmctl.model.checkpoint import FILES, refuse_reshaped, save_quantized
 from llmctl.model.compressed import Scheme, scheme_in
 from llmctl.model.open import open_config, open_folded, stored_dtype
 from llmctl.quantize.absmax import absmax
-from llmctl.quantize.calibrate import quantize_blocks, refuse_not_finite
+from llmctl.quantize.calibrate import input_energies, quantize_blocks, refuse_not_finite
 from llmctl.quantize.gptq import Gptq
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.quantize import QuantizeRecipe, QuantizeSection
 from llmctl.recipe.tune import SftData
-from llmctl.runs import Run, RunResult, check_out, default_out, run_of
-from llmctl.stages.compare import out_of_bounds, refuse_drift
+from llmctl.runs import Run, RunResult, accept_refused, check_out, default_out, run_of
+from llmctl.stages.compare import compared_length
 from llmctl.stages.finish import install
-from llmctl.stages.receipt import card, measured, sizes
+from llmctl.stages.gate import kept_hint, out_of_bounds, refuse_drift
+from llmctl.stages.receipt import Receipt, card
 from llmctl.stages.rows import TalkRows, read_rows, talk_rows
-from llmctl.stages.text import fitting_tokenizer, pad_id_of, parent, row_length
+from llmctl.stages.text import fitting_tokenizer, pad_id_of, parent
 from llmctl.talk import Talk
 from llmctl.tokenizer.choose import OWN, choose_template
 from llmctl.tokenizer.load import fingerprint
 from llmctl.tokenizer.template import stop_ids, template_hash
 
 STAGE = "quantize"
-LONGEST = 2048  # tokens of a row where the recipe sets none: what is remembered of all rows grows with it
 HELD_OUT = 0.25  # of the calibration documents, to measure on where nothing else is named
 CALIBRATION_BATCH = 8  # rows in a forward pass
+ENERGY_TOKENS = 4096  # that int8 looks at to place its scales
 CARD_FILE = "README.md"
 
 
-def run(recipe: QuantizeRecipe, talk: Talk) -> RunResult:
-    """Quantize, write, read back and measure; the folder gets the model only if it is within the bounds.
+def run(recipe: QuantizeRecipe, talk: Talk, accept: bool = False) -> RunResult:
+    """Quantize, write, read back and measure. A model that is out of the bounds is kept, but refused.
+
+    Args:
+        accept: keep what is refused as if it were not; a folder that holds such a result is not made again.
 
     Raises:
         UserError: MODEL cannot be opened, is quantized already, is of a family that is not written so, or has
             no layer that can be; no data, or too little of it; activations that are not finite.
-        CheckFailed: the quantized model is further from the original than `compare.*` allows.
+        CheckFailed: the quantized model is further from the original than `compare.*` allows, or what was
+            read back is not what was to be written.
     """
     assert recipe.base is not None
     recipe = recipe.resolved()
@@ -61,9 +67,13 @@ def run(recipe: QuantizeRecipe, talk: Talk) -> RunResult:
     if config.spec.stack == "decoder":  # what is no language model is refused as such when it is opened
         refuse_reshaped(config)
     out = Path(recipe.out) if recipe.out else default_out(STAGE)
+    text = dump_recipe(recipe.model_copy(update={"out": None}))
+    if accept and (known := accept_refused(STAGE, out, text)) is not None:
+        return RunResult(out, known | {"answers": []})
     check_out(out, resumable=False)
     _refuse_no_data(recipe)
     device, tokenizer = pick_device(recipe.device), fitting_tokenizer(recipe.base)
+    use_threads(recipe.quantize.threads, "quantize.threads", device, talk)
     model = open_folded(folder, torch.float32, device)
     choice = choose_template(tokenizer, OWN)
     if choice.said:
@@ -74,18 +84,15 @@ def run(recipe: QuantizeRecipe, talk: Talk) -> RunResult:
         _refuse_short(model, by, recipe.quantize, chosen)
     pad = pad_id_of(tokenizer)
     refuse_not_finite(model, next(eval_batches(held.laid, batch_size=recipe.compare.batch_size, pad_id=pad)))
-    with Run.start(
-        STAGE,
-        out,
-        dump_recipe(recipe.model_copy(update={"out": None})),
-        **_manifest(recipe.base, folder, tokenizer, by, held, recipe),
-    ) as opened:
+    with Run.start(STAGE, out, text, **_manifest(recipe.base, folder, tokenizer, by, held, recipe)) as opened:
         matrices = METHODS[recipe.quantize.method](model, by, recipe.quantize, pad, talk)
         found: dict[str, Any] = {}
-        write = partial(_write_and_measure, folder, model, matrices, held, recipe, tokenizer, found)
-        install(write, out)
-        opened.finish({name: value for name, value in found.items() if name != "answers"})
-    return RunResult(out, found)
+        job = Receipt(folder, recipe, held, tokenizer, talk)
+        install(partial(_write_and_measure, job, model, matrices, found), out)
+        answers, failed = found.pop("answers"), found.pop("failed")
+        opened.finish(found, refused=[] if accept else failed)
+    refuse_drift([] if accept else failed, folder, "the quantized model", kept_hint(out))
+    return RunResult(out, found | {"answers": answers})
 
 
 def _refuse_quantized(folder: Path) -> None:
@@ -130,8 +137,7 @@ def _rows(
 ) -> tuple[TalkRows | None, TalkRows]:
     """Rows to quantize by, if any are named, and rows to measure on, disjoint from them."""
     settings, receipt = recipe.quantize, recipe.compare
-    length = row_length(receipt.max_length, longest, "compare.max_length")
-    length = length if receipt.max_length else min(length, LONGEST)
+    length = compared_length(receipt, longest)
     data = SftData(
         train=settings.calibration,
         eval=receipt.data,
@@ -199,11 +205,17 @@ def _int8(
     model: LlmctlForCausalLM, by: TalkRows | None, settings: QuantizeSection, pad: int, talk: Talk
 ) -> dict[str, Quantized]:
     assert settings.bits is not None
-    return {
-        leaf.name: absmax(leaf.module.weight.detach(), settings.bits, settings.group)
-        for leaf in leaves(model)
-        if leaf.kind == "linear"
-    }
+    energies: Mapping[str, torch.Tensor] = {}
+    if by is not None:
+        batches = _calibration(by, settings, pad)
+        energies = input_energies(model, batches[: -(-ENERGY_TOKENS // batches[0]["input_ids"].numel())])
+    found = {}
+    for leaf in leaves(model):
+        if leaf.kind == "linear":
+            weight = leaf.module.weight
+            found[leaf.name] = absmax(weight.detach(), settings.bits, settings.group, energies.get(leaf.name))
+            weight.data.copy_(found[leaf.name].dequantize())
+    return found
 
 
 def _gptq(
@@ -221,27 +233,26 @@ def _gptq(
 
 
 def _write_and_measure(
-    folder: Path,
+    job: Receipt,
     model: LlmctlForCausalLM,
     matrices: Mapping[str, Quantized],
-    held: TalkRows,
-    recipe: QuantizeRecipe,
-    tokenizer: PreTrainedTokenizerFast,
     found: dict[str, Any],
     target: Path,
 ) -> None:
-    settings = recipe.quantize
-    assert settings.bits is not None
+    """`model` is what is to be written: its weights are what the codes stand for."""
+    settings, bounds = job.recipe.quantize, job.recipe.compare
+    assert settings.bits is not None and bounds.min_top1 is not None and bounds.max_kl is not None
     scheme = Scheme(settings.bits, settings.group, settings.symmetric)
     model.config.eos_token_id = model.generation_config.eos_token_id
-    save_quantized(model.to("cpu", stored_dtype(folder)), matrices, scheme, target)
-    tokenizer.save_pretrained(target)
-    bounds = recipe.compare
-    assert bounds.min_top1 is not None and bounds.max_kl is not None
+    intended = [parameter.data for parameter in model.parameters()]
+    save_quantized(model.to("cpu", stored_dtype(job.folder)), matrices, scheme, target)
+    for parameter, value in zip(model.parameters(), intended, strict=True):
+        parameter.data = value  # as before it was rounded for the file
+    job.tokenizer.save_pretrained(target)
     found |= {"method": settings.method, "bits": settings.bits, "group_size": settings.group_size}
-    found |= sizes(model, matrices, target) | measured(folder, target, held, recipe)
-    write_atomic(target / CARD_FILE, card(recipe, found))
-    refuse_drift(out_of_bounds(found, bounds.min_top1, bounds.max_kl), folder, "the quantized model")
+    found |= job.sizes(model, matrices, target) | job.measured(model, target)
+    found["failed"] += out_of_bounds(found, bounds.min_top1, bounds.max_kl)
+    write_atomic(target / CARD_FILE, card(job.recipe, found))
 
 
 Quantizer = Callable[[LlmctlForCausalLM, TalkRows | None, QuantizeSection, int, Talk], dict[str, Quantized]]

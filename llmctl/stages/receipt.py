@@ -3,70 +3,107 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from llmctl.engine.speed import decoding_speeds
 from llmctl.kernels.device import Compute
 from llmctl.kernels.quantized import Quantized
 from llmctl.model import LlmctlForCausalLM, leaves
 from llmctl.model.compressed import stored_bytes
+from llmctl.model.open import open_folded, stored_dtype
 from llmctl.model.packed import paths_of
 from llmctl.recipe.quantize import QuantizeRecipe
 from llmctl.stages.compare import held_together
+from llmctl.stages.gate import faithful_kl, out_of_bounds
 from llmctl.stages.generate import load_for_generation
 from llmctl.stages.rows import TalkRows
+from llmctl.talk import Talk
 
 PROMPT = 16  # tokens before those whose speed is measured
+FAITHFUL_TOP1 = 0.99  # of decided tokens, between what was written and what was read back
+WRITTEN = {"answers": 0, "max_tokens": 2048}  # that is enough to find a fault in one layer of many
 
 
-def sizes(model: LlmctlForCausalLM, matrices: Mapping[str, Quantized], target: Path) -> dict[str, Any]:
-    """The part of the receipt that is counted.
+@dataclass(frozen=True)
+class Receipt:
+    """A quantization whose result is to be measured.
 
-    Args:
-        model: as it was written, but for its quantized layers.
-        matrices: those, by name.
-        target: where it was written.
-
-    Returns:
-        size_bytes_before and size_bytes of all weights, bits_per_weight of the quantized layers with their
-        scales, quantized (how many they are), and kept: the layers that stayed in full.
+    Attributes:
+        folder: the model before.
+        held: rows that it was not quantized by.
     """
-    whole = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    weights = sum(matrix.codes.numel() for matrix in matrices.values())
-    packed = sum(stored_bytes(matrix) for matrix in matrices.values())
-    return {
-        "size_bytes_before": whole,
-        "size_bytes": sum(file.stat().st_size for file in target.glob("*.safetensors")),
-        "bits_per_weight": round(8 * packed / weights, 3),
-        "quantized": len(matrices),
-        "kept": [leaf.name for leaf in leaves(model) if leaf.name not in matrices],
-    }
 
+    folder: Path
+    recipe: QuantizeRecipe
+    held: TalkRows
+    tokenizer: PreTrainedTokenizerFast
+    talk: Talk
 
-def measured(folder: Path, target: Path, held: TalkRows, recipe: QuantizeRecipe) -> dict[str, Any]:
-    """The part of the receipt that is measured, before and after, as `llmctl chat` would run the two.
+    def sizes(
+        self, model: LlmctlForCausalLM, matrices: Mapping[str, Quantized], target: Path
+    ) -> dict[str, Any]:
+        """The part of the receipt that is counted.
 
-    perplexity, tokens_per_second, and what `held_together` finds of both; path says how quantized layers
-    compute.
-    """
-    before, after = (
-        load_for_generation(str(where), recipe.device, "auto", "device") for where in (folder, target)
-    )
-    compute = Compute(after.device, torch.float32)  # the weights' own precision, without autocast
-    found = held_together(before, after, held, str(folder), recipe.compare, compute)
-    prompt, tokens = _decoded(held, after, recipe.compare.speed_tokens)
-    speeds = decoding_speeds((before, after), prompt, tokens)
-    return {
-        "perplexity_before": found.pop("perplexity_a"),
-        "perplexity": found.pop("perplexity_b"),
-        "tokens_per_second_before": round(speeds[0], 1),
-        "tokens_per_second": round(speeds[1], 1),
-        "path": paths_of(after),
-        **found,
-    }
+        Args:
+            model: as it was written, but for its quantized layers.
+            matrices: those, by name.
+            target: where it was written.
+
+        Returns:
+            size_bytes_before and size_bytes of all weights, bits_per_weight of the quantized layers with their
+            scales, quantized (how many they are), and kept: the layers that stayed in full.
+        """
+        width = stored_dtype(self.folder).itemsize
+        weights = sum(matrix.codes.numel() for matrix in matrices.values())
+        packed = sum(stored_bytes(matrix) for matrix in matrices.values())
+        return {
+            "size_bytes_before": width * sum(weight.numel() for weight in model.parameters()),
+            "size_bytes": sum(file.stat().st_size for file in target.glob("*.safetensors")),
+            "bits_per_weight": round(8 * packed / weights, 3),
+            "quantized": len(matrices),
+            "kept": [leaf.name for leaf in leaves(model) if leaf.name not in matrices],
+        }
+
+    def measured(self, intended: LlmctlForCausalLM, target: Path) -> dict[str, Any]:
+        """The part of the receipt that is measured on what was read back, as `llmctl chat` would run it.
+
+        Against the model before, in float32: perplexity, tokens_per_second (of both as chat runs them), and what
+        `held_together` finds; path says how quantized layers compute. Against the intended model: written_kl,
+        and in `failed` whether it is more than rounding explains.
+        """
+        after = load_for_generation(str(target), self.recipe.device, "auto", "device")
+        compute = Compute(after.device, torch.float32)  # the weights' own precision, without autocast
+        written = self._compared(intended.to(after.device), after, compute, WRITTEN)
+        before = open_folded(self.folder, torch.float32, after.device)
+        found = self._compared(before, after, compute, {})
+        del before
+        plain = load_for_generation(str(self.folder), self.recipe.device, "auto", "device")
+        prompt, tokens = _decoded(self.held, after, self.recipe.compare.speed_tokens)
+        speeds = decoding_speeds((plain, after), prompt, tokens)
+        drift = out_of_bounds(written, FAITHFUL_TOP1, faithful_kl(written))
+        return {
+            "perplexity_before": found.pop("perplexity_a"),
+            "perplexity": found.pop("perplexity_b"),
+            "tokens_per_second_before": round(speeds[0], 1),
+            "tokens_per_second": round(speeds[1], 1),
+            "path": paths_of(after),
+            **found,
+            "written_kl": written["kl"],
+            "failed": [f"what was read back is not what was written: {line}" for line in drift],
+        }
+
+    def _compared(
+        self, a: LlmctlForCausalLM, b: LlmctlForCausalLM, compute: Compute, less: Mapping[str, int]
+    ) -> dict[str, Any]:
+        settings = self.recipe.compare.model_copy(update=less)
+        # operators take tokens in bfloat16, whatever the weights are stored in
+        noise = torch.bfloat16
+        return held_together(a, b, self.held, str(self.folder), settings, compute, noise, self.talk)
 
 
 def _decoded(held: TalkRows, model: LlmctlForCausalLM, tokens: int) -> tuple[list[int], int]:

@@ -15,6 +15,7 @@ from llmctl.errors import UserError
 from llmctl.evaluate.intervals import share_interval
 from llmctl.evaluate.scores import above, scores
 from llmctl.kernels.device import pick_compute
+from llmctl.kernels.threads import use_threads
 from llmctl.model.classify import open_scorer
 from llmctl.model.open import open_config
 from llmctl.recipe.tune import ScoreRecipe
@@ -55,6 +56,7 @@ def run(recipe: ScoreRecipe, talk: Talk) -> dict[str, Any]:
     require_data(settings.data, "score")
     assert recipe.base is not None
     compute = pick_compute(recipe.device, settings.dtype, "score.dtype")
+    use_threads(settings.threads, "score.threads", compute.device, talk)
     config = open_config(recipe.base)  # a broken config.json would look like a broken tokenizer
     tokenizer = load_tokenizer(recipe.base)
     refuse_swapped_tokenizer(tokenizer, recipe.base)

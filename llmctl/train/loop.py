@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.errors import CheckFailed
-from llmctl.kernels.device import Compute, physical_cores
+from llmctl.kernels.device import Compute
+from llmctl.kernels.threads import Work, count_work, use_threads
 from llmctl.recipe.train import StepsSection
 from llmctl.runs import SAMPLES
 from llmctl.talk import Bar, Talk
@@ -34,6 +35,7 @@ from llmctl.train.stop import interrupted, signals
 
 # what the progress line shows of an evaluation: the first of these there is
 SHOWN = {"eval_bits_per_byte": "eval bits/byte", "eval_loss": "eval loss"}
+WORK = Work("training", "tokens")
 
 
 class Batches(Protocol):
@@ -59,6 +61,7 @@ class Job:
         after_step: what the model moves outside the gradient, called after each step of the optimizer.
         patience: evaluations without a lower loss after which the run ends, with the weights of the
             lowest; None never ends it early.
+        compiled: the model goes through torch.compile, which would begin anew with another number of threads.
     """
 
     model: nn.Module
@@ -74,6 +77,7 @@ class Job:
     sample_steps: int | None = None
     after_step: Callable[[], None] | None = None
     patience: int | None = None
+    compiled: bool = False
 
 
 def total_steps(settings: StepsSection, steps_per_epoch: int) -> int:
@@ -108,7 +112,8 @@ class _Training:
     def __init__(self, job: Job, talk: Talk) -> None:
         self.job, self.talk, self.settings = job, talk, job.settings
         self.steps = total_steps(job.settings, job.batches.steps_per_epoch)
-        torch.set_num_threads(job.settings.threads or physical_cores())
+        threads, device = job.settings.threads, job.compute.device
+        use_threads(threads, "train.threads", device, talk, fixed=job.compiled)
         self.weights = [weight for weight in job.model.parameters() if weight.requires_grad]
         self.optimizer = make_optimizer(job.model, job.settings)
         self.progress = Progress()
@@ -173,6 +178,7 @@ class _Training:
         spent = time.perf_counter() - started
         self.progress = Progress(step + 1, self.progress.tokens + tokens, self.progress.seconds + spent)
         self.window.add(total, tokens, spent, norm, rate)
+        count_work(WORK, sum(batch["input_ids"].numel() for batch in micro_batches), spent)
 
     def _moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         device = self.job.compute.device

@@ -28,7 +28,8 @@ from transformers.utils import logging
 
 from llmctl.errors import UserError
 from llmctl.files import write_atomic
-from llmctl.kernels.device import Compute, physical_cores
+from llmctl.kernels.device import Compute
+from llmctl.kernels.threads import count_work, use_threads
 from llmctl.recipe.preference import DpoSection, PreferenceTrain, RewardSection
 from llmctl.talk import Talk
 from llmctl.train.checkpoint import (
@@ -39,7 +40,7 @@ from llmctl.train.checkpoint import (
     save_checkpoint,
 )
 from llmctl.train.journal import BadStep, cut_rows, diverged, log_row, summary
-from llmctl.train.loop import every, total_steps
+from llmctl.train.loop import WORK, every, total_steps
 from llmctl.train.optimizer import make_optimizer
 from llmctl.train.schedule import learning_rate
 from llmctl.train.stop import interrupted, signals
@@ -96,7 +97,7 @@ def train_preferences(job: PreferenceJob, talk: Talk) -> dict[str, Any]:
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written first.
         UserError: a checkpoint cannot be written or read; DPO on a model whose output head is adapted.
     """
-    torch.set_num_threads(job.settings.threads or physical_cores())
+    use_threads(job.settings.threads, "train.threads", job.compute.device, talk)
     run = _Run(job, talk)
     with _quiet():
         try:
@@ -168,6 +169,7 @@ class _Run(TrainerCallback):
         self.progress = Progress(state.global_step, tokens, before.seconds + spent)
         self.window.merge(self.step)
         self.seconds += spent
+        count_work(WORK, self.step.tokens, spent)
         self._report()
         done = self.progress.step
         if (

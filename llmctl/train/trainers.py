@@ -19,10 +19,12 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference as DpoCollator
 from trl.trainer.reward_trainer import DataCollatorForPreference as RewardCollator
 
+from llmctl.kernels.threads import Work, timed
 from llmctl.recipe.preference import DpoSection, RewardSection
 from llmctl.train.checkpoint import load_rng
 
 Rows = list[dict[str, Any]]
+REFERENCE = Work("computing the reference", "tokens")
 
 
 @dataclass
@@ -131,7 +133,7 @@ class DpoOnRows(_OnRows, DPOTrainer):
             chosen = order[start : start + batch_size]
             inputs = self._prepare_inputs(self.data_collator([rows[row] for row in chosen]))
             labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), timed(REFERENCE, labels.numel()):
                 out = self.model(
                     input_ids=inputs["input_ids"],
                     attention_mask=inputs["attention_mask"],

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from llmctl.cli import doctor
+from llmctl.kernels import threads
 from tests.program import Program
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -68,10 +69,20 @@ def test_libraries(
 def test_report_of_this_machine(llmctl_: Program) -> None:
     report = json.loads(llmctl_("doctor", "--json").out)
     names = [finding["name"] for finding in report["findings"]]
-    for name in ("python", "torch", "transformers", "cpu", "memory", "runs", "cache"):
+    for name in ("python", "torch", "transformers", "cpu", "threads", "memory", "runs", "cache"):
         assert name in names
-    cpu = next(f["found"] for f in report["findings"] if f["name"] == "cpu")
-    assert re.fullmatch(r"\d+ cores, torch uses \d+ threads; computes in (bfloat16|float32)", cpu)
+    found = {finding["name"]: finding["found"] for finding in report["findings"]}
+    assert re.fullmatch(r"computes in (bfloat16|float32)", found["cpu"])
+    assert re.fullmatch(r"\d+ \(\d+ cores?(, .+)?\)", found["threads"])
+
+
+def test_threads_with_their_reason(llmctl_: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = threads.Choice(2, 4, "8 cores, the cgroup's quota is 4, other programs keep 6 busy", 6)
+    monkeypatch.setattr(threads, "look", lambda: busy)
+    shown = llmctl_("doctor").out
+    assert re.search(
+        r"^threads +ok +2 \(8 cores, the cgroup's quota is 4, other programs keep 6 busy\)$", shown, re.M
+    )
 
 
 def test_something_missing_exits_1_and_says_how_to_mend_it(

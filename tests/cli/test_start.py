@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from llmctl.cli.main import SPINS, bound_spinning
+
 HEAVY = ("torch", "transformers", "tokenizers", "datasets", "pydantic", "numpy", "rich", "click", "yaml")
 PROBE = """
 import sys
@@ -70,6 +72,25 @@ def test_a_terminal_that_cannot_show_a_character(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0
     assert b"tokenizer: \\u4f60\\u597d" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": str(SPINS)}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_spinning_is_bounded_unless_the_user_says_how(
+    given: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    monkeypatch.setattr(os, "environ", kept | given)
+    bound_spinning()
+    assert os.environ == kept | expected
 
 
 def test_shell_completion() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def test_the_figures_are_those_of_all_logits(
 ) -> None:
     monkeypatch.setattr(module, "SLICE", size)
     found, expected = parity(*models, batches(), FLOAT).figures(), plainly(*models, batches())
+    assert found.pop("kl_error") > 0
     assert found == pytest.approx(expected, rel=1e-4)
     assert 0.2 < expected["top1"] < 0.95 and expected["kl"] > 0.01
     assert expected["max_kl"] > 2 * expected["kl"]
@@ -113,6 +115,7 @@ def test_an_adapter_and_its_base(tmp_path: Path) -> None:
     plain = load_model(tmp_path / "b")
     found = parity(plain, model, batches(), FLOAT).figures()
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    del found["kl_error"]
     assert found == pytest.approx(plainly(theirs, model, batches()), rel=1e-4)
 
 
@@ -120,8 +123,9 @@ def test_a_larger_vocabulary(models: tuple[LlmctlForCausalLM, LlmctlForCausalLM]
     """Only tokens that both have are compared."""
     small, large = models
     grow_vocabulary(large, ROWS + 3)
-    expected = plainly(small, large, batches())
-    assert parity(small, large, batches(), FLOAT).figures() == pytest.approx(expected, rel=1e-4)
+    expected, found = plainly(small, large, batches()), parity(small, large, batches(), FLOAT).figures()
+    del found["kl_error"]
+    assert found == pytest.approx(expected, rel=1e-4)
     assert parity(small, small, batches(), FLOAT).figures()["kl"] == 0
 
 
@@ -145,8 +149,62 @@ def test_numbers_that_are_none(
 
 
 def test_figures_of_extremes() -> None:
-    assert Parity(0, 0, 0.0, 0.0, 0.0, 0.0).figures()["kl"] == 0
-    assert Parity(10, 9, -1e-9, 0.0, 1e5, 5.0).figures() == {
+    def of(kl: list[float], a: float, b: float) -> Parity:
+        columns = [torch.tensor(kl, dtype=torch.float64), torch.arange(len(kl)) > 0]
+        columns += [torch.full((len(kl),), nats, dtype=torch.float64) for nats in (a, b)]
+        return Parity(*columns, torch.zeros(len(kl), dtype=torch.int64))
+
+    assert of([], 0, 0).figures()["kl"] == 0
+    found = of([-1e-10] * 10, 1e4, 0.5).figures()
+    assert math.isnan(found.pop("kl_error"))  # of one row nothing is known
+    assert found == pytest.approx({
         "top1": 0.9, "kl": 0.0, "max_kl": 0.0, "perplexity_a": math.inf, "perplexity_b": math.exp(0.5), "tokens": 10,
-    }  # fmt: skip
+    }, abs=1e-9)  # fmt: skip
     assert math.isnan(Score(math.nan, math.nan, 5, 10).figures()["perplexity"])
+
+
+def test_noise_is_what_rounding_moves_and_near_ties_are_not_decided(
+    models: tuple[LlmctlForCausalLM, LlmctlForCausalLM],
+) -> None:
+    """A model rounded to bfloat16 is within the noise of itself; one with other weights is not."""
+    one, other = models
+    rounded = copy.deepcopy(one).to(torch.bfloat16).float()
+    near, far = (
+        parity(one, two, batches(), FLOAT, rounded=torch.bfloat16).figures() for two in (rounded, other)
+    )
+    assert near["noise_kl"] == far["noise_kl"] > 0 and near["noise_lead"] > 0
+    assert near["kl"] < 3 * near["noise_kl"] and near["decided_top1"] == 1
+    assert far["kl"] > 10 * far["noise_kl"] and far["decided_top1"] < 0.95
+    assert 0.5 < near["decided"] < 1
+    lead = plain_leads(one)
+    assert near["decided"] == pytest.approx(float((lead > near["noise_lead"]).double().mean()), abs=1e-3)
+
+
+@torch.no_grad()
+def plain_leads(model: LlmctlForCausalLM) -> torch.Tensor:
+    """By how much the likeliest token leads, at every label."""
+    found = []
+    for batch in batches():
+        out = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[:, :-1]
+        top = out.log_softmax(-1).topk(2).values
+        found.append((top[..., 0] - top[..., 1])[batch["labels"][:, 1:] != -100])
+    return torch.cat(found)
+
+
+def test_the_error_of_the_mean_goes_by_rows(models: tuple[LlmctlForCausalLM, LlmctlForCausalLM]) -> None:
+    made = parity(*models, batches(), FLOAT)
+    assert len(made.row.unique()) == 10
+    rows = [made.kl[made.row == row] for row in made.row.unique()]
+    mean = float(made.kl.mean())
+    by_hand = math.sqrt(sum(float((row - mean).sum()) ** 2 for row in rows) * 10 / 9) / len(made.kl)
+    assert made.figures()["kl_error"] == pytest.approx(by_hand)
+
+
+def test_enough_tokens_are_enough(models: tuple[LlmctlForCausalLM, LlmctlForCausalLM]) -> None:
+    """Whole rows, up to the one that reaches the number."""
+    data = batches()
+    counts = [int((row[1:] != -100).sum()) for row in data[0]["labels"]]
+    for wanted, rows in ((1, 1), (counts[0], 1), (counts[0] + 1, 2), (sum(counts) + 1, 6)):
+        made = parity(*models, data, FLOAT, max_tokens=wanted)
+        assert len(made.row.unique()) == rows
+    assert len(made.kl) == sum(counts) + int((data[1]["labels"][0, 1:] != -100).sum())

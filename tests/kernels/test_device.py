@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmctl.errors import UserError
-from llmctl.kernels.device import Compute, cpu_multiplies_bfloat16, physical_cores, pick_compute, pick_device
+from llmctl.kernels.device import Compute, cpu_multiplies_bfloat16, pick_compute, pick_device
 
 AMD, INTEL = "AuthenticAMD", "GenuineIntel"
 
@@ -50,7 +50,3 @@ def test_autocast_multiplies_in_the_named_dtype():
     for dtype in (torch.float32, torch.bfloat16):
         with Compute(torch.device("cpu"), dtype).autocast():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
-
-
-def test_cores():
-    assert physical_cores() >= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -94,6 +95,20 @@ def test_interpreted_kernels_equal_plain_torch(number, said):
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_kernels_equal_plain_torch(name, dtype):
     check(name, dtype, "cuda")
+
+
+@pytest.mark.slow
+@needs_triton
+def test_kernels_compile_for_hopper_and_fit_into_it():
+    """Compiled without a GPU, for half precision: within shared memory, and next to nothing spilled from registers."""
+    words = [sys.executable, "-m", "tests.kernels.compiled_ahead"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(rows) == 10
+    for row in rows:
+        for kernel in row["kernels"]:
+            assert kernel["shared"] <= 227 * 1024 and kernel["stack"] <= 64, row
 
 
 def test_without_a_gpu_it_says_so():

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmctl.recipe.tune import CompareSection, MergeSection
-from llmctl.stages.compare import out_of_bounds
+from llmctl.stages.gate import faithful_kl, out_of_bounds, similar_kl
 from tests.program import Program
 from tests.stages.bad_input import snapshot
 from tests.stages.conftest import RECORDS
@@ -99,14 +99,24 @@ def test_what_is_out_of_bounds() -> None:
     assert out_of_bounds({"top1": 0.89, "kl": 0.25}, *limits) == [low, far]
     lost = ["divergence not a number is above 0.2 nats per token"]
     assert out_of_bounds({"top1": 1.0, "kl": math.nan}, *limits) == lost
+    noisy = {"top1": 0.5, "decided_top1": 0.89, "kl": 0.1}
+    assert out_of_bounds(noisy, *limits) == [
+        "top-1 agreement where rounding decides nothing 0.8900 is below 0.9"
+    ]
+
+
+def test_what_noise_allows() -> None:
+    assert (faithful_kl({}), similar_kl({})) == (1e-4, 0.01)
+    assert faithful_kl({"noise_kl": 0.02}) == pytest.approx(0.0401)
+    assert similar_kl({"noise_kl": 0.02}) == 0.04
 
 
 def test_the_listing_and_exit_code(talking: Path, llmctl: Program) -> None:
     outcome = llmctl(*WORDS[:5], "--max-kl", "1e-6", "compare.answers=1", "compare.max_new_tokens=3")
     assert outcome.code == 3 and "failed" not in outcome.out
     assert [line.split()[0] for line in outcome.out.splitlines()[:10]] == [
-        "top1", "kl", "max_kl", "perplexity_a", "perplexity_b", "tokens", "rows",
-        "stop_rate_a", "stop_rate_b", "same_answers",
+        "top1", "kl", "kl_error", "max_kl", "perplexity_a", "perplexity_b", "tokens", "rows",
+        "stop_rate_a", "stop_rate_b",
     ]  # fmt: skip
 
 
@@ -137,12 +147,13 @@ LOOK: dict[str, Callable[[Figures, Figures], bool]] = {
     "compare.data=[data.jsonl]": lambda new, old: new["tokens"] > 2000 and new["answers"] == [],
     "compare.data=[body.jsonl] compare.text_field=body": lambda new, old: new["tokens"] < old["tokens"],
     "compare.max_rows=3": lambda new, old: new["rows"] == 3 and new["tokens"] < old["tokens"] / 4,
+    "compare.max_tokens=5": lambda new, old: new["rows"] == 1 and new["tokens"] < old["tokens"] / 4,
     "compare.max_length=50": lambda new, old: new["tokens"] < old["tokens"] and new["rows"] <= RECORDS,
     "compare.answers=0": lambda new, old: new["answers"] == [] and new["same_answers"] is None,
     "compare.max_new_tokens=2": lambda new, old: len(new["answers"][0]["a"]) < len(old["answers"][0]["a"]),
     "compare.dtype=bfloat16": lambda new, old: new["kl"] != old["kl"] and new["kl"] > 0,
     "compare.min_top1=1": lambda new, old: new == old,
-    "compare.max_kl=1": lambda new, old: new == old,
+    "compare.max_kl=1": lambda new, old: new == old | {"allowed_kl": 1.0},
 }  # fmt: skip
 
 
@@ -156,10 +167,10 @@ def test_fields(words: str, talking: Path, llmctl: Program) -> None:
 
 
 def test_every_field_has_a_test() -> None:
-    """`batch_size` is only about memory; `min_effect` is looked at in test_merge.py."""
+    """`batch_size` is only about memory; `min_effect` is looked at in test_merge.py, `threads` in test_threads.py."""
     named = {word.partition("=")[0].removeprefix("compare.") for line in LOOK for word in line.split()}
-    assert named | {"batch_size"} == set(CompareSection.model_fields)
-    assert named | {"batch_size", "min_effect"} == set(MergeSection.model_fields)
+    assert named | {"batch_size", "threads"} == set(CompareSection.model_fields)
+    assert named | {"batch_size", "threads", "min_effect"} == set(MergeSection.model_fields)
 
 
 def test_batch_size_changes_nothing(talking: Path, llmctl: Program) -> None:

@@ -1,4 +1,4 @@
-"""`llmctl quantize`: what is written is what was measured, and what is not good enough is not kept."""
+"""`llmctl quantize`: what is written is what was measured, and what is not good enough is refused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from llmctl.model.checkpoint import load_model, new_model, save_model
 from llmctl.model.open import open_folded, open_model
 from llmctl.recipe.model import ModelSection
 from llmctl.runs import read_manifest
+from llmctl.stages import quantize
 from tests.program import Program
 from tests.stages.bad_input import Bad, Make, cases, check, file
 from tests.stages.conftest import VOCABULARY
@@ -105,20 +107,66 @@ def test_layers_that_the_group_does_not_divide_stay_whole_and_are_listed(
         )
 
 
-def test_what_is_too_far_away_is_not_kept(sharp: Path, llmctl: Program) -> None:
-    bad = Bad(
-        f"quantize sharp {' '.join(GPTQ)} --bits 3 compare.min_top1=1 compare.max_kl=99 --out out",
-        "",
-        "if that is expected, allow it with compare.min_top1 and compare.max_kl",
-        code=3,
-    )
-    outcome = llmctl(*bad.words.split())
-    assert (
-        outcome.code == 3
-        and "error: the quantized model is not what sharp is: top-1 agreement" in outcome.err
-    )
-    assert read_manifest(sharp / "out")["status"] == "failed"
-    assert not (sharp / "out" / "model.safetensors").exists()
+def test_what_is_too_far_away_is_kept_but_refused_until_it_is_accepted(
+    sharp: Path, llmctl: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [
+        "quantize",
+        "sharp",
+        *GPTQ,
+        "--bits",
+        "3",
+        "compare.min_top1=0",
+        "compare.max_kl=1e-9",
+        "--out",
+        "out",
+    ]
+    outcome = llmctl(*words)
+    error, hint = outcome.err.splitlines()[-2:]
+    assert outcome.code == 3
+    assert error.startswith("error: the quantized model is not what sharp is: divergence 0.")
+    assert error.endswith(" is above 1e-09 nats per token")
+    assert hint == "hint: it is kept in out; the same command with --accept takes it as it is"
+    manifest = read_manifest(sharp / "out")
+    assert manifest["status"] == "refused" and manifest["metrics"]["kl"] > 1e-9
+    used = llmctl("generate", "out", "Adam lives in")
+    assert used.code == 1
+    assert used.err.splitlines()[-2:] == [
+        f"error: out: its own check refused it: {manifest['refused'][0]}",
+        "hint: the `llmctl quantize` command that made it accepts it with --accept",
+    ]
+    monkeypatch.setattr(quantize, "METHODS", {})  # nothing is done again
+    found = did(llmctl(*words, "--json", "--accept"))["metrics"]
+    assert found["kl"] == manifest["metrics"]["kl"]
+    assert read_manifest(sharp / "out")["status"] == "done"
+    assert llmctl("generate", "out", "Adam lives in").code == 0
+
+
+def test_a_result_can_be_accepted_before_it_is_made(sharp: Path, llmctl: Program) -> None:
+    words = ["quantize", "sharp", *GPTQ, "compare.max_kl=1e-9", "--out", "out", "--json"]
+    did(llmctl(*words, "--accept"))
+    assert read_manifest(sharp / "out")["status"] == "done"
+
+
+def test_a_fault_in_one_layer_is_found_by_what_was_to_be_written(
+    sharp: Path, llmctl: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However far from the original it may be, the file must be what the codes stand for."""
+    usual = quantize.save_quantized
+
+    def damaged(model: Any, matrices: Any, scheme: Any, folder: Path) -> None:
+        usual(model, matrices, scheme, folder)
+        tensors = load_file(folder / "model.safetensors")
+        name = f"{Q}.weight_zero_point"
+        zero = unpack_words(tensors[name].t().contiguous(), 4, 64)
+        tensors[name] = pack_words((zero + 1).clamp(-8, 7), 4).t().contiguous()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(quantize, "save_quantized", damaged)
+    outcome = llmctl("quantize", "sharp", *GPTQ, "quantize.symmetric=false", *LOOSE, "--out", "out")
+    assert outcome.code == 3
+    assert "what was read back is not what was written: " in outcome.err.splitlines()[-2]
+    assert read_manifest(sharp / "out")["status"] == "refused"
 
 
 def test_an_adapter_is_folded_in(talking: Path, llmctl: Program) -> None:
