@@ -35,9 +35,11 @@ FLOAT = Compute(torch.device("cpu"), torch.float32)
 QUESTION = "What is the capital of France?"
 # two programs may order two tokens differently when their logits are this near
 TIE = 1e-3
-# what a right result keeps to: bfloat16 alone costs this model a KL of 0.001 and 3 % of the next tokens
-MERGE_KL = 0.003
-INT8_KL, INT8_TOP1 = 0.003, 0.97
+# What a right result keeps to. On an encyclopedia bfloat16 alone costs this model a KL of 0.0010, and 8 bits 0.0030;
+# on other text both are larger, so 8 bits are held against bfloat16 on the same text.
+MERGE_KL = 0.02  # of an adapter that moves its base by more than 0.2
+INT8_KL_OVER_BF16, INT8_TOP1_UNDER_BF16 = 3.0, 0.01
+PATH_KL = 1e-4  # of the operators of `llmctl chat` against exact ones, with the same weights
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,11 @@ def nats(model: Any, ids: list[int], first: int = 1) -> torch.Tensor:
 def divergence(a: torch.Tensor, b: torch.Tensor) -> float:
     """Mean KL(a, b) in nats per place of logits [T, V]."""
     return float(F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="batchmean"))
+
+
+def agreement(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Share of places at which both prefer the same token."""
+    return float((a.argmax(-1) == b.argmax(-1)).float().mean())
 
 
 # --- the model ---------------------------------------------------------------------------------------
@@ -208,7 +215,7 @@ def test_an_adapter_is_trained_and_merged(
     merged = llmctl("merge", str(tmp_path / "sft"), "--out", str(tmp_path / "merged"), "compare.answers=0")
     assert merged.code == 0, merged.err
     metrics = read_manifest(tmp_path / "merged")["metrics"]
-    assert metrics["effect"] > 10 * metrics["kl"] and metrics["kl"] <= MERGE_KL
+    assert metrics["effect"] > 0.2 and metrics["kl"] <= MERGE_KL
     assert "Paris" in ask(tmp_path / "merged")
 
 
@@ -216,20 +223,23 @@ def test_an_adapter_is_trained_and_merged(
 def test_int8_is_lossless_in_practice(
     smollm2: Path, theirs: Any, tokenizer: Any, pages: Path, llmctl: Program, tmp_path: Path
 ) -> None:
-    """Measured on the path that `llmctl chat` runs, against transformers' model in float32."""
+    """On the path that `llmctl chat` runs, against transformers' model in float32 and in bfloat16."""
     out = tmp_path / "int8"
     few = ["compare.max_rows=4", "compare.max_length=256", "compare.answers=0", "compare.speed_tokens=8"]
     words = ["quantize", str(smollm2), "--method", "int8", "--eval-data", str(pages), "--out", str(out)]
     ended = llmctl(*words, *few)
     assert ended.code == 0, ended.err
-    model = load_for_generation(str(out), "auto", "auto", "device")
-    total, same, places = 0.0, 0, 0
-    for ids in encode_batch(tokenizer, prose()[:16]):
-        x = torch.tensor([[tokenizer.bos_token_id, *ids]])
-        expected, found = theirs(x).logits[0], model(x).logits[0].float()
-        total += divergence(expected, found) * x.shape[1]
-        same += int((expected.argmax(-1) == found.argmax(-1)).sum())
-        places += x.shape[1]
-    assert total / places <= INT8_KL
-    assert same / places >= INT8_TOP1
+    rounded = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16).eval()
+    path, exact = (
+        load_for_generation(str(out), "auto", "auto", "device"),
+        open_model(out, torch.float32, exact=True),
+    )
+    ids = encode_batch(tokenizer, prose()[:16])
+    rows = [torch.tensor([[tokenizer.bos_token_id, *one]]) for one in ids]
+    wanted, bf16, int8, weights = (
+        torch.cat([model(row).logits[0].float() for row in rows]) for model in (theirs, rounded, path, exact)
+    )
+    assert divergence(wanted, int8) <= INT8_KL_OVER_BF16 * divergence(wanted, bf16)
+    assert agreement(wanted, int8) >= agreement(wanted, bf16) - INT8_TOP1_UNDER_BF16
+    assert divergence(weights, int8) <= PATH_KL
     assert "Paris" in ask(out)
