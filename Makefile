@@ -20,7 +20,7 @@ help:
 	@echo "make test-real    the tests on real models, which come out of packages"
 	@echo "make lint         style, formatting and types"
 	@echo "make format       mend style and formatting"
-	@echo "make docs         write what docs/ has from the recipes and the commands again"
+	@echo "make docs         write what docs/ has from recipes, commands and chat templates again"
 	@echo "make docs-check   fail if that is out of date"
 	@echo "make bench        every script in benchmarks/ that needs no model"
 	@echo "make gpu          checks and speeds on a CUDA device, nine minutes at most, into gpu-results/"
@@ -57,9 +57,11 @@ format: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/templates.py
 
 docs-check: $(READY)
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python docs/templates.py --check
 
 bench: $(READY)
 	@for script in $(BENCHMARKS); do \

@@ -158,7 +158,7 @@ def combined_hash(hashes: dict[str, str]) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError if the file is missing, not JSON or not an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark before it
     except FileNotFoundError:
         raise UserError(
             f"{path.parent}: not a model folder (no {path.name})", "see `llmctl runs list`"
@@ -169,6 +169,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no permission to read", "ask its owner, or copy the folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})", "copy or download the model again") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply", "copy or download the model again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object", "copy or download the model again")
     return value

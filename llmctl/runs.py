@@ -309,9 +309,7 @@ class Run:
     def finish(self, metrics: dict[str, Any], refused: Sequence[str] = ()) -> None:
         """Mark the run done: hash its outputs, store the final metrics.
 
-        Args:
-            refused: what the run's own check found wrong with the result. It is kept, but `refuse_refused` stops
-                whoever would use it until it is accepted.
+        `refused` is what the run's own check found wrong: `refuse_refused` stops whoever would use the result.
         """
         outputs = output_hashes(self.path)
         self.record(

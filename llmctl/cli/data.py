@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SCREENFUL = 2000  # columns of text that are shown of a part of a row
 LISTED = 60  # tokens that are listed of a part of a row
-SETTINGS = ("data.template", "data.max_length", "data.text_field", "data.mask_prompt")
+SETTINGS = ("data.template", "data.max_length", "data.text_field", "data.mask_prompt", "data.rewritten")
 RARE = 0.001  # share of the letters below which a script is not named
 
 Files = Annotated[list[str] | None, typer.Argument(metavar="FILE | KEY=VALUE", hidden=True)]

@@ -31,12 +31,15 @@ class Laid:
     Args:
         ids: token ids of the data set [N], any integer type; may be memory-mapped.
         trained: bool [N], the places that are labels; None where all are. A piece's first never is.
+        ended: bool [P], whether the last token of a piece is the end token that was put after its document, which
+            stands for no text; None where nobody asks.
     """
 
     ids: np.ndarray
     pieces: Pieces
     rows: Rows
     trained: np.ndarray | None = None
+    ended: np.ndarray | None = None
 
     @property
     def trained_tokens(self) -> int:
@@ -134,7 +137,8 @@ def collate(laid: Laid, chosen: Iterable[int], *, pad_id: int, isolate: bool = T
         input_ids [B, T] int64; labels [B, T] int64, in the places of input_ids (the model shifts them),
         -100 at places that are not trained, at the first token of every piece and at padding;
         position_ids [B, T] int64, from 0 at every piece (at every row if not `isolate`) and from 0
-        again at padding; attention_mask [B, T] int64, 1 at tokens and 0 at padding.
+        again at padding; attention_mask [B, T] int64, 1 at tokens and 0 at padding; if the rows know which pieces
+        are `ended`, is_end [B, T] bool, True at their end tokens.
     """
     pieces, rows = laid.pieces, [laid.rows[row] for row in chosen]
     lengths = [int(pieces.length[row].sum()) for row in rows]
@@ -143,8 +147,11 @@ def collate(laid: Laid, chosen: Iterable[int], *, pad_id: int, isolate: bool = T
     labels = np.full(shape, IGNORE, dtype=np.int64)
     position_ids = np.empty(shape, dtype=np.int64)
     attention_mask = np.zeros(shape, dtype=np.int64)
+    is_end = np.zeros(shape, dtype=bool)
     for number, (row, filled) in enumerate(zip(rows, lengths, strict=True)):
         at = 0
+        if laid.ended is not None:
+            is_end[number, np.cumsum(pieces.length[row]) - 1] = laid.ended[row]
         for start, length in zip(pieces.start[row].tolist(), pieces.length[row].tolist(), strict=True):
             place = slice(at, at + length)
             input_ids[number, place] = laid.ids[start : start + length]
@@ -159,12 +166,13 @@ def collate(laid: Laid, chosen: Iterable[int], *, pad_id: int, isolate: bool = T
             position_ids[number, :at] = np.arange(at)
         position_ids[number, filled:] = np.arange(shape[1] - filled)
         attention_mask[number, :filled] = 1
-    return {
+    batch = {
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),
         "position_ids": torch.from_numpy(position_ids),
         "attention_mask": torch.from_numpy(attention_mask),
     }
+    return batch if laid.ended is None else batch | {"is_end": torch.from_numpy(is_end)}
 
 
 def eval_batches(

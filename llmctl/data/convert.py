@@ -1,6 +1,6 @@
 """One function a format: a record with the required keys -> its shape.
 
-Each takes the record and a set that collects the keys inside messages that no one reads. `Bad` says
+Each takes the record and a set that collects keys that the format has and this record no use for. `Bad` says
 that a value is of a wrong type, `Unusable` that there is nothing in the record to train on.
 """
 
@@ -15,6 +15,7 @@ from llmctl.data.turns import (
     Bad,
     Message,
     Unusable,
+    content_of,
     messages,
     optional_text,
     says_nothing,
@@ -44,13 +45,13 @@ def alpaca(record: Keys, unread: set[str]) -> Conversation:
 
 def chat(record: Keys, unread: set[str]) -> Conversation:
     """`messages` with role and content."""
-    turns = messages(record["messages"], "messages", unread)
+    turns = messages(record["messages"], "messages")
     return _conversation(turns, record)
 
 
 def sharegpt(record: Keys, unread: set[str]) -> Conversation:
     """`conversations` with from and value."""
-    return _conversation(_shared_turns(record, unread), record)
+    return _conversation(_shared_turns(record), record)
 
 
 def prompt_completion(record: Keys, unread: set[str]) -> Completion | Conversation:
@@ -59,7 +60,7 @@ def prompt_completion(record: Keys, unread: set[str]) -> Completion | Conversati
     if completion is None:
         raise Unusable(f"{ANSWER} is null")
     if type(prompt) is list and type(completion) is list:
-        turns = messages(prompt, "prompt", unread) + messages(completion, "completion", unread)
+        turns = messages(prompt, "prompt") + messages(completion, "completion")
         return _conversation(turns, record)
     if type(prompt) is list or type(completion) is list:
         raise Bad(
@@ -84,23 +85,23 @@ def plain(field: str, record: Keys, unread: set[str]) -> Text:
 
 def preference(record: Keys, unread: set[str]) -> Preference:
     """A prompt of its own, and two answers; each is a string, a message, or a list of messages."""
-    return _preference(_turns(record["prompt"], "prompt", "user", unread), record, unread)
+    return _preference(_turns(record["prompt"], "prompt", "user"), record)
 
 
 def sharegpt_preference(record: Keys, unread: set[str]) -> Preference:
     """A conversation that waits for an answer, and two answers."""
-    return _preference(_shared_turns(record, unread), record, unread)
+    return _preference(_shared_turns(record), record)
 
 
 def alpaca_preference(record: Keys, unread: set[str]) -> Preference:
     """An instruction, and two answers."""
-    return _preference(_asked(record), record, unread)
+    return _preference(_asked(record), record)
 
 
 def implicit_preference(record: Keys, unread: set[str]) -> Preference:
     """Two whole conversations. The prompt is what they share, up to the last user (or tool) turn."""
-    chosen = _whole(record["chosen"], "chosen", unread)
-    rejected = _whole(record["rejected"], "rejected", unread)
+    chosen = _whole(record["chosen"], "chosen")
+    rejected = _whole(record["rejected"], "rejected")
     if chosen == rejected:
         raise Unusable(EQUAL)
     shared = 0
@@ -111,19 +112,19 @@ def implicit_preference(record: Keys, unread: set[str]) -> Preference:
             shared = number
     if shared == 0:
         raise Unusable(NOTHING_SHARED)
-    return _preference(chosen[:shared], {**record, "chosen": chosen, "rejected": rejected}, unread)
+    return _preference(chosen[:shared], {**record, "chosen": chosen, "rejected": rejected})
 
 
 def labelled(record: Keys, unread: set[str]) -> Labelled:
     """`messages`, the last of which is wanted or not."""
-    turns = messages(record["messages"], "messages", unread)
+    turns = messages(record["messages"], "messages")
     return _labelled(turns[:-1], turns[-1:], record)
 
 
 def labelled_completion(record: Keys, unread: set[str]) -> Labelled:
     """A prompt and an answer that is wanted or not."""
-    prompt = _turns(record["prompt"], "prompt", "user", unread)
-    return _labelled(prompt, _side(record["completion"], "completion", ANSWER, unread), record)
+    prompt = _turns(record["prompt"], "prompt", "user")
+    return _labelled(prompt, _side(record["completion"], "completion", ANSWER), record)
 
 
 # --- parts ------------------------------------------------------------------------------------------
@@ -171,9 +172,9 @@ def _history(value: Any) -> list[Any]:
     return value
 
 
-def _shared_turns(record: Keys, unread: set[str]) -> list[Message]:
+def _shared_turns(record: Keys) -> list[Message]:
     """ShareGPT: the turns, the system prompt before them."""
-    turns = messages(record["conversations"], "conversations", unread)
+    turns = messages(record["conversations"], "conversations")
     if system := optional_text(record.get("system"), "system"):
         first = {"role": "system", "content": system}
         if turns[:1] == [first]:
@@ -184,37 +185,37 @@ def _shared_turns(record: Keys, unread: set[str]) -> list[Message]:
     return turns
 
 
-def _turns(value: Any, field: str, role: str, unread: set[str]) -> list[Message]:
+def _turns(value: Any, field: str, role: str) -> list[Message]:
     """A string is one turn of `role`; a message and a list of messages are what they are."""
     if type(value) is str:
         return [{"role": role, "content": value}] if value.strip() else []
     if type(value) not in (dict, list):
         raise Bad(f"`{field}` is {kind(value)}, neither text nor messages")
-    return messages([value] if type(value) is dict else value, field, unread)
+    return messages([value] if type(value) is dict else value, field)
 
 
-def _side(value: Any, field: str, called: str, unread: set[str]) -> list[Message]:
+def _side(value: Any, field: str, called: str) -> list[Message]:
     """What the assistant says; `called` names it in the reasons."""
     if value is None:
         raise Unusable(f"{called} is null")
-    turns = _turns(value, field, "assistant", unread)
+    turns = _turns(value, field, "assistant")
     if not turns:
         raise Unusable(f"{called} is empty")
     return turns
 
 
-def _whole(value: Any, field: str, unread: set[str]) -> list[Message]:
+def _whole(value: Any, field: str) -> list[Message]:
     """A conversation as a list of messages or as a transcript."""
     if value is None:
         raise Unusable(f"{field} is null")
     if type(value) is str:
         return transcript(value, field) if value.strip() else []
-    return messages(value, field, unread)
+    return messages(value, field)
 
 
-def _preference(prompt: list[Message], record: Keys, unread: set[str]) -> Preference:
-    chosen = _side(record["chosen"], "chosen", "chosen", unread)
-    rejected = _side(record["rejected"], "rejected", "rejected", unread)
+def _preference(prompt: list[Message], record: Keys) -> Preference:
+    chosen = _side(record["chosen"], "chosen", "chosen")
+    rejected = _side(record["rejected"], "rejected", "rejected")
     _check_prompt(prompt)
     size = len(prompt)
     # some data gives the prompt on its own and once more at the head of both answers
@@ -237,7 +238,7 @@ def _labelled(prompt: list[Message], completion: list[Message], record: Keys) ->
 
 
 def _check_prompt(prompt: list[Message]) -> None:
-    if not any(turn["content"].strip() for turn in prompt):
+    if not any(content_of(turn).strip() for turn in prompt):
         raise Unusable(EMPTY_PROMPT)
     if prompt[-1]["role"] == "assistant":
         raise Unusable("the prompt ends with an assistant turn")

@@ -15,7 +15,7 @@ from llmctl.data.document import EXAMPLES, Account
 from llmctl.data.formats import FORMATS, Example
 from llmctl.data.records import place, records
 from llmctl.data.shapes import Completion, Conversation, Labelled, Preference, Shape, Text
-from llmctl.data.turns import Message
+from llmctl.data.turns import REASONING, Message, content_of
 
 MARKS = (50, 95)  # percentiles that are told
 WANTED, UNWANTED = "wanted", "unwanted"
@@ -144,12 +144,12 @@ def turns(shape: Conversation | Preference | Labelled) -> list[Message]:
 
 
 def said(message: Message) -> str:
-    """The text of a message, with the JSON of each call of a tool on a line of its own."""
-    if "tool_calls" not in message:
-        text: str = message["content"]
-        return text
-    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"]]
-    return "\n".join(filter(None, [message["content"], *calls]))
+    """The text of a message, its reasoning before it, with the JSON of each call of a tool on a line of its own."""
+    thought = next((message[name] for name in REASONING if type(message.get(name)) is str), "")
+    if not thought and "tool_calls" not in message:
+        return content_of(message)
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", [])]
+    return "\n".join(filter(None, [thought, content_of(message), *calls]))
 
 
 def _joined(messages: list[Message]) -> str:

@@ -1,7 +1,9 @@
 """From the values of a record to messages: roles, content, tool calls, in the ways people write them.
 
 A message is a dict with `role` (system, user, assistant, tool) and `content` (text). An assistant
-message may have `tool_calls`: [{"type": "function", "function": {"name": …, "arguments": {…}}}].
+message may have `tool_calls`: [{"type": "function", "function": {"name": …, "arguments": …}}], where arguments are an
+object or, as OpenAI writes them, its JSON; it then needs no content. All other keys, as `reasoning_content`, stay as
+they are, for the chat template to read.
 
 The functions here know the field they read and not the file. They raise `Bad` for what is wrong and
 `Unusable` for what is to be dropped; the caller adds the place.
@@ -38,7 +40,8 @@ SENDERS = {
     "function": "tool",
     "tool": "tool",
 }
-KEPT = ("name", "tool_call_id")  # other keys of a message that templates read
+REASONING = ("reasoning_content", "reasoning", "thinking")  # names of what an answer is preceded by
+PLAIN = {"role", "content"}  # the keys of most messages
 MEND = "mend or delete this record"
 SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
 
@@ -69,22 +72,18 @@ def optional_text(value: Any, field: str) -> str:
     return "" if text(value, field).isspace() else value
 
 
-def messages(value: Any, field: str, unread: set[str]) -> list[Message]:
-    """A list of {"role", "content"} or {"from", "value"} objects.
-
-    Args:
-        unread: collects the keys that no one reads.
-    """
+def messages(value: Any, field: str) -> list[Message]:
+    """A list of {"role", "content"} or {"from", "value"} objects."""
     if type(value) is not list:
         raise Bad(f"`{field}` is {kind(value)}, not a list of messages")
-    return [_message(item, field, number, unread) for number, item in enumerate(value)]
+    return [_message(item, field, number) for number, item in enumerate(value)]
 
 
-def _message(item: Any, field: str, number: int, unread: set[str]) -> Message:
+def _message(item: Any, field: str, number: int) -> Message:
     if type(item) is not dict:
         raise Bad(f"`{field}[{number}]` is {kind(item)}, not a message")
     if "from" in item and "role" not in item:
-        return _sharegpt(item, f"{field}[{number}]", unread)
+        return _sharegpt(item, f"{field}[{number}]")
     role = item.get("role")
     known = ROLES.get(role) if type(role) is str else None
     content = item.get("content")
@@ -93,37 +92,36 @@ def _message(item: Any, field: str, number: int, unread: set[str]) -> Message:
     place = f"{field}[{number}]"
     if known is None:
         raise _unknown_role(item, "role", place, ROLES)
-    made: Message = {"role": known, "content": ""}
-    calls = item.get("tool_calls")
+    if item.get("weight") == 0:
+        raise Bad(f"`{place}` has weight 0, but every assistant turn is trained", "leave such records out")
+    # in the order of the record, which a template may show; null is as good as absent, as in transformers
+    made = {key: value for key, value in item.items() if value is not None} | {"role": known}
+    calls = made.pop("tool_calls", None)
     if calls:
         if known != "assistant":
             raise Bad(f"`{place}` has tool_calls, but its role is `{role}`", "only the assistant calls tools")
         made["tool_calls"] = _calls(calls, f"{place}.tool_calls")
-    if content is not None or not calls:
+    if content is not None or not (calls or thinks(made)):
         made["content"] = _content(item, "content", place)
-    if item.get("weight") == 0:
-        raise Bad(f"`{place}` has weight 0, but every assistant turn is trained", "leave such records out")
-    for key in item.keys() - {"role", "content", "tool_calls"}:
-        if key in KEPT and type(item[key]) is str:
-            made[key] = item[key]
-        elif item[key] is not None:
-            unread.add(f"{field}[].{key}")
     return made
 
 
-def _sharegpt(item: dict[str, Any], place: str, unread: set[str]) -> Message:
+def _sharegpt(item: dict[str, Any], place: str) -> Message:
     sender = item["from"]
     role = SENDERS.get(sender) if type(sender) is str else None
     if role is None:
         raise _unknown_role(item, "from", place, SENDERS)
     content = _content(item, "value", place)
+    made: Message = {"role": role, "content": content}
     if len(item) > 2:
-        unread.update(f"{place.split('[')[0]}[].{key}" for key in item.keys() - {"from", "value"})
+        made |= {
+            key: item[key] for key in item if key not in ("from", "value", *made) and item[key] is not None
+        }
     if sender == "function_call":
         called = _from_json(content, f"{place}.value")
         calls = called if type(called) is list else [called]
-        return {"role": role, "content": "", "tool_calls": _calls(calls, f"{place}.value")}
-    return {"role": role, "content": content}
+        return made | {"content": "", "tool_calls": _calls(calls, f"{place}.value")}
+    return made
 
 
 def _unknown_role(item: dict[str, Any], key: str, place: str, known: dict[str, str]) -> Bad:
@@ -180,21 +178,25 @@ def _calls(value: Any, place: str) -> list[dict[str, Any]]:
 
 
 def _call(call: Any, place: str) -> dict[str, Any]:
-    """{"name", "arguments"}, perhaps inside {"function": …}; arguments are an object or its JSON."""
+    """{"name", "arguments"}, perhaps inside {"function": …}; arguments are an object or its JSON, and stay that."""
     inner = call.get("function", call) if type(call) is dict else call
     if type(inner) is not dict or type(inner.get("name")) is not str:
         raise Bad(f"`{place}` is no call of a function", 'a call is {"name": "…", "arguments": {…}}')
     arguments = inner.get("arguments")
-    if type(arguments) is str:
-        arguments = _from_json(arguments, f"{place}.arguments") if arguments.strip() else {}
-    if arguments is None:
+    if arguments is None or (type(arguments) is str and not arguments.strip()):
         arguments = {}
-    if type(arguments) is not dict:
-        raise Bad(f"`{place}.arguments` is {kind(arguments)}, not an object")
-    made: dict[str, Any] = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
-    if type(call.get("id")) is str:
-        made["id"] = call["id"]
-    return made
+    meant = _from_json(arguments, f"{place}.arguments") if type(arguments) is str else arguments
+    if type(meant) is not dict:
+        raise Bad(f"`{place}.arguments` is {kind(meant)}, not an object")
+    if inner is call:
+        made = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
+        return made | ({"id": call["id"]} if type(call.get("id")) is str else {})
+    made = {key: value for key, value in call.items() if value is not None}
+    return (
+        ({} if "type" in made else {"type": "function"})
+        | made
+        | {"function": inner | {"arguments": arguments}}
+    )
 
 
 def tools(value: Any, field: str = "tools") -> list[dict[str, Any]] | None:
@@ -233,14 +235,25 @@ def transcript(value: str, field: str) -> list[Message]:
     return [{"role": roles[who], "content": said} for who, said in zip(apart[1::2], apart[2::2], strict=True)]
 
 
+def thinks(turn: Message) -> bool:
+    """Whether a turn has reasoning in a key of its own."""
+    return any(type(turn.get(name)) is str and turn[name].strip() for name in REASONING)
+
+
+def content_of(turn: Message) -> str:
+    """The text of a turn; empty if it only calls a tool."""
+    text: str = turn.get("content", "")
+    return text
+
+
 def says_nothing(turn: Message) -> bool:
-    """Whether a turn has neither text nor a call of a tool."""
-    return not turn["content"].strip() and "tool_calls" not in turn
+    """Whether a turn has neither text, nor a call of a tool, nor reasoning."""
+    return not content_of(turn).strip() and "tool_calls" not in turn and not thinks(turn)
 
 
 def encodable(turns: list[Message]) -> bool:
     """Whether all text in the turns can be written as UTF-8: half a surrogate pair cannot."""
-    return all(is_text(t["content"]) and (len(t) == 2 or is_text(_as_json(t))) for t in turns)
+    return all(is_text(t["content"] if t.keys() == PLAIN else _as_json(t)) for t in turns)
 
 
 def tools_encodable(given: list[dict[str, Any]] | None) -> bool:

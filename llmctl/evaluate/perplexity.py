@@ -52,27 +52,26 @@ def score(
     model: LlmctlForCausalLM,
     batches: Iterable[Mapping[str, Tensor]],
     text_bytes: float,
-    special_ids: frozenset[int],
     compute: Compute,
 ) -> Score:
-    """Score batches of input_ids, labels and position_ids, [B, T] each.
+    """Score batches of input_ids, labels and position_ids, [B, T] each, and is_end, bool [B, T], where there is text.
 
     Args:
-        text_bytes: UTF-8 bytes of the text that the labels stand for.
-        special_ids: tokens that stand for no text, such as end of text.
+        text_bytes: UTF-8 bytes of the text that the labels stand for, but for those at `is_end`.
     """
     nats = torch.zeros(2, dtype=torch.float64)
     tokens = 0
-    special = torch.tensor(sorted(special_ids), dtype=torch.long, device=compute.device)
     for batch in timed_batches(batches, model):
         moved = {name: value.to(compute.device) for name, value in batch.items()}
         labels = moved["labels"][:, 1:].flatten()
         tokens += int((labels != IGNORE).sum())
-        is_special = torch.isin(labels, special)
+        # by place, not by id: an unknown token that is the padding or end token too stands for text all the same
+        ends = moved.get("is_end", torch.zeros_like(moved["labels"], dtype=torch.bool))
+        is_end = ends[:, 1:].flatten()
         with compute.autocast():
             hidden = model.model(moved["input_ids"], position_ids=moved["position_ids"]).last_hidden_state
             flat = hidden[:, :-1].flatten(0, 1)
-            for index, part in enumerate((is_special, ~is_special)):
+            for index, part in enumerate((is_end, ~is_end)):
                 kept = labels.masked_fill(~part, IGNORE)
                 nats[index] += model.nats(flat, kept).cpu().double()
     return Score(float(nats.sum()), float(nats[1]), tokens, text_bytes)

@@ -29,10 +29,11 @@ def scores(
     found = [0.0] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
     pad = model.config.pad_token_id
+    fill = 0 if pad is None or pad < 0 else pad  # masked; -1 is how some configs say that there is none
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         longest = len(sequences[chosen[-1]])
-        ids = torch.full((len(chosen), longest), 0 if pad is None else pad)
+        ids = torch.full((len(chosen), longest), fill)
         mask = torch.zeros_like(ids)
         for row, number in enumerate(chosen):
             ids[row, : len(sequences[number])] = torch.tensor(sequences[number])

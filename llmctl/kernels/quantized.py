@@ -17,8 +17,8 @@ class Quantized:
 
     Attributes:
         codes: int8 [O, I] in -2^(bits-1) … 2^(bits-1)-1.
-        scale: float32 [O, G], of values that bfloat16 holds exactly (`rounded_scale`), because the fast
-            operators take it in that precision. I is a multiple of G.
+        scale: float32 [O, G]. Below 8 bits of values that bfloat16 holds exactly (`rounded_scale`), because
+            the fast operator takes it in that precision. I is a multiple of G.
         zero: int8 [O, G] in the range of the codes; None where it is 0 everywhere (symmetric).
         bits: 8, 4 or 3.
     """

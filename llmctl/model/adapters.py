@@ -6,35 +6,48 @@ PEFT takes seconds to import, so it is imported where it is used. What is saved 
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import nn
 
-from llmctl.errors import CheckFailed, UserError, nearest, one_of
+from llmctl.errors import UserError, nearest, one_of
 from llmctl.files import read_json
+from llmctl.model.adapter_file import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHANGED_BASES,
+    PREFIX,
+    Adapter,
+    is_adapter,
+    misfit,
+    parse,
+    read_settings,
+    read_weights,
+    refuse_changed_base,
+    unparse,
+)
+from llmctl.model.adapter_fit import check_fit, named_parameters_of, with_depths
+from llmctl.model.adapter_names import Names, in_core, in_family, names_of
+from llmctl.model.adapter_settings import for_core, for_family
+from llmctl.model.families import FAMILIES, write_config
 from llmctl.model.hf import LlmctlForCausalLM, LlmctlPreTrainedModel
 from llmctl.model.leaves import leaves
+from llmctl.model.vocabulary import tie, untie
+from llmctl.runs import run_of
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "is_adapter"]  # and what is defined here
+
 ALL_LINEAR = "all-linear"
 TASKS = {"causal": "CAUSAL_LM", "reward": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter instead of a whole model."""
-    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def target_names(model: nn.Module, wanted: str | Sequence[str]) -> list[str]:
@@ -120,10 +133,39 @@ def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter's config and weights into a folder."""
+    """Write the adapter's config and weights into a folder, in the names of the base's family, as PEFT would there."""
+    base, settings = model.get_base_model(), model.peft_config["default"]
+    names = names_of(base)
     # left to itself, PEFT would look for the base, on the hub too, and save embeddings that have grown
-    model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    if names.same:
+        model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        return
+    adapter = in_family(_adapter_of(model), names)
+    for_family(settings, adapter, names).save_pretrained(str(folder))
+    save_file(unparse(with_depths(adapter, names)), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def refused_elsewhere(model: PeftModel) -> str | None:
+    """Why PEFT does not put this adapter on transformers' class of the base; None where it does."""
+    name, _ = write_config(model.get_base_model().config)
+    unadapted = FAMILIES[name].unadapted if name in FAMILIES else ()
+    refused = sorted(
+        {leaf.name.split(".lora_")[0].rpartition(".")[2] for leaf in leaves(model) if ".lora_A" in leaf.name}
+        & set(unadapted)
+    )
+    return f"PEFT adapts no `{refused[0]}` of {name}" if refused else None
+
+
+def _adapter_of(model: PeftModel) -> Adapter:
+    """The adapter of a model, in the core's names."""
+    from peft import get_peft_model_state_dict
+
+    settings = model.peft_config["default"]
+    found = parse(get_peft_model_state_dict(model, save_embedding_layers=False), settings, Path())
+    for factors in found.matrices.values():
+        factors.alpha = settings.lora_alpha
+    return found
 
 
 @torch.no_grad()
@@ -132,12 +174,10 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
 
     Raises UserError if the file is missing, damaged or of another adapter.
     """
-    from peft import set_peft_model_state_dict
-
-    weights = _read_weights(folder)
-    _refuse_other_names(model, weights, folder)
-    with _fitting(folder):
-        set_peft_model_state_dict(model, weights)
+    inside = _adapter_of(model)
+    adapter, _, names = _read(model.get_base_model(), folder)
+    ranks = {module: factors.r for module, factors in inside.matrices.items()}
+    _copy(in_core(adapter, names, ranks=ranks), model, folder)
 
 
 def attach(model: LlmctlPreTrainedModel, folder: Path) -> PeftModel:
@@ -147,43 +187,141 @@ def attach(model: LlmctlPreTrainedModel, folder: Path) -> PeftModel:
         UserError: not an adapter PEFT knows, damaged, or one whose shapes belong to another model.
         CheckFailed: a weight of it is not a finite number.
     """
-    from peft import PeftModel
+    from peft import get_peft_model
 
-    settings = read_json(folder / ADAPTER_CONFIG)
-    if settings.get("peft_type") != "LORA":
-        raise UserError(
-            f"{folder}: adapter of kind {settings.get('peft_type')} is not supported", "LoRA adapters are"
-        )
-    weights = _read_weights(folder)  # a damaged file should be told as such
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise CheckFailed(
-                f"{folder}: the adapter holds numbers that are not finite, in {name}",
-                "train it again with a lower train.learning_rate, or use a checkpoint of the run",
-            )
-    with _fitting(folder), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error, below
-        found = PeftModel.from_pretrained(model, str(folder))
-    _refuse_other_names(found, weights, folder)
+    adapter, settings, names = _read(model, folder)
+    if isinstance(settings.init_lora_weights, str) and not names.same:
+        refuse_changed_base(settings.init_lora_weights, CHANGED_BASES, folder)
+    core = in_core(adapter, names, settings.use_rslora)
+    _place(core, model, settings, folder)
+    with warnings.catch_warnings():
+        # tied tables that differ: what is folded unties them
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        found = get_peft_model(model, for_core(settings, core, model))
+    _copy(core, found, folder)
     _mark(found.get_base_model())
     return found.eval()
 
 
+def _read(model: LlmctlPreTrainedModel, folder: Path) -> tuple[Adapter, LoraConfig, Names]:
+    """The adapter in a folder, its settings, and the names it is in, which fit the model."""
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
+
+    settings = read_settings(folder)
+    names = names_of(model)
+    # PEFT ties nothing where the table has a name it does not know, such as GPT-2's
+    known = any(module.rpartition(".")[2] == EMBEDDING_LAYER_NAMES[0] for module in names.steps)
+    settings.ensure_weight_tying &= known and model.config.tie_word_embeddings
+    read = parse(read_weights(folder), settings, folder)
+    adapter = named_parameters_of(read, settings, names)
+    if not names.same and run_of(folder) is not None:
+        # runs used to write the core's names, whatever the family
+        plain = names_of(model, core=True)
+        if (
+            adapter.matrices.keys() <= plain.steps.keys()
+            and not adapter.matrices.keys() <= names.steps.keys()
+        ):
+            adapter, names = read, plain
+    check_fit(adapter, settings, names, folder)
+    return adapter, settings, names
+
+
+def _copy(adapter: Adapter, model: PeftModel, folder: Path) -> None:
+    """Copy an adapter in the core's names into a model that has a place for each of its weights."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    has = get_peft_model_state_dict(model, save_embedding_layers=False)
+    given = {name: tensor for name, tensor in unparse(adapter).items() if name in has or ".lora_" in name}
+    for how, names in (("missing", has.keys() - given.keys()), ("unexpected", given.keys() - has.keys())):
+        if names:
+            raise misfit(folder, f"{how}: {min(names)}")
+    for name, tensor in given.items():
+        if has[name].shape != tensor.shape:
+            raise misfit(
+                folder, f"{name} has shape {list(tensor.shape)}, but here it is {list(has[name].shape)}"
+            )
+    set_peft_model_state_dict(model, given)
+
+
+@torch.no_grad()
+def _place(adapter: Adapter, model: LlmctlPreTrainedModel, settings: LoraConfig, folder: Path) -> None:
+    """Give a model the tensors that stand in an adapter's file in the place of its own: tables, heads, biases."""
+    state = model.state_dict(keep_vars=True)
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    for name, tensor in (adapter.base | adapter.own).items():
+        if name not in state:
+            raise misfit(folder, f"unexpected: {PREFIX}{name}")
+        if state[name].shape != tensor.shape:
+            raise misfit(
+                folder,
+                f"{PREFIX}{name} has shape {list(tensor.shape)}, but this base asks for {list(state[name].shape)}",
+            )
+    for name, tensor in adapter.base.items():
+        state[name].copy_(tensor)
+    apart = [name for name in tables if name in adapter.own]
+    if apart and model.config.tie_word_embeddings and not settings.ensure_weight_tying:
+        untie(model)
+        state = model.state_dict(keep_vars=True)
+    for name, tensor in adapter.own.items():
+        state[name].copy_(tensor)
+
+
 def fold(model: PeftModel) -> LlmctlPreTrainedModel:
-    """The model with its adapter added into its weights, in place, and no trace of PEFT left."""
+    """The model with its adapter added into its weights, in place, and no trace of PEFT left.
+
+    A head that is tied to the embedding table gets a table of its own if the adapter makes the two differ.
+
+    Raises UserError if the adapter adds a bias that the model has no place for.
+    """
+    base = model.get_base_model()
+    _refuse_new_biases(model)
+    has_head = base.get_output_embeddings() is not None
+    apart = has_head and base.config.tie_word_embeddings and _adapts_tables(base)
+    together = model.peft_config["default"].ensure_weight_tying
+    if apart:
+        untie(base)
     folded = model.merge_and_unload(safe_merge=True)
+    if apart:
+        table, head = folded.get_input_embeddings().weight, folded.get_output_embeddings().weight
+        if together or torch.equal(table, head):
+            tie(folded)
     if isinstance(folded, LlmctlForCausalLM):
         folded.head_reads_as_matrix, folded.head_by_rows = False, None
     return folded.requires_grad_(True)  # PEFT had frozen it
 
 
+def _adapts_tables(model: LlmctlPreTrainedModel) -> bool:
+    """Whether PEFT has put a module of its own around the embedding table or the head."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return any(type(table) not in (nn.Embedding, nn.Linear) for table in tables if table is not None)
+
+
+def can_fold(folder: Path) -> bool:
+    """Whether an adapter can be folded into any base; one with `lora_bias` needs a base with biases."""
+    return not read_json(folder / ADAPTER_CONFIG).get("lora_bias")
+
+
+def _refuse_new_biases(model: PeftModel) -> None:
+    if not model.peft_config["default"].lora_bias:
+        return
+    from peft.tuners.lora import Linear
+
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, Linear) and module.get_base_layer().bias is None:
+            raise UserError(
+                f"{ADAPTER_CONFIG}: lora_bias adds a bias to {name}, which has none, so it cannot be folded in",
+                "every command but merge, quantize and training uses the adapter as it is",
+            )
+
+
 def _mark(model: LlmctlPreTrainedModel) -> None:
     from peft.utils.other import TrainableTokensWrapper
 
-    # the head is never a LoRA layer here; trained rows show in its `weight`
     if isinstance(model, LlmctlForCausalLM):
-        model.head_reads_as_matrix = True
-        if isinstance(model.lm_head, TrainableTokensWrapper):
+        by_rows = isinstance(model.lm_head, TrainableTokensWrapper)
+        # a head with a low-rank update is more than its matrix; trained rows show in its `weight`
+        model.head_reads_as_matrix = type(model.lm_head) is nn.Linear or by_rows
+        if by_rows:
             model.head_by_rows = partial(_by_rows, model.lm_head)
 
 
@@ -195,43 +333,3 @@ def _by_rows(head: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]
     (name,) = head.active_adapters
     values = layer.trainable_tokens_delta[name]
     return layer.base_layer.weight, (torch.tensor(layer.token_indices[name], device=values.device), values)
-
-
-@contextmanager
-def _fitting(folder: Path) -> Iterator[None]:
-    """Turn what PEFT raises for an adapter of another model into a UserError."""
-    try:
-        yield
-    except KeyError as error:  # a weight it looked for by name
-        raise _misfit(folder, f"missing: {error.args[0]}") from None
-    except (RuntimeError, ValueError, TypeError) as error:
-        said = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise _misfit(folder, said[-1].rstrip(".") if said else type(error).__name__) from None
-
-
-def _refuse_other_names(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Raise UserError if weights are missing, which PEFT would leave as they were, or have no place."""
-    from peft import get_peft_model_state_dict
-
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    # others save the whole embedding table beside the adapter
-    extra = weights.keys() - wanted - {name for name, _ in model.named_parameters()}
-    for how, names in (("missing", wanted - weights.keys()), ("unexpected", extra)):
-        if names:
-            raise _misfit(folder, f"{how}: {min(names)}")
-
-
-def _misfit(folder: Path, how: str) -> UserError:
-    return UserError(
-        f"{folder}: the adapter does not fit this base ({how})", "use the base it was trained on"
-    )
-
-
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    file = folder / ADAPTER_WEIGHTS
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no {ADAPTER_WEIGHTS}", "copy the adapter again") from None
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{file}: damaged or cut short ({error})", "copy the adapter again") from None

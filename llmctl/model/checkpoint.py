@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from llmctl.errors import UserError
@@ -21,6 +21,7 @@ from llmctl.model.compressed import Scheme, layers_in, read_layer, scheme_in, st
 from llmctl.model.config import LlmctlConfig
 from llmctl.model.families import FAMILIES, carried, config_in, write_config
 from llmctl.model.families.row import Family
+from llmctl.model.generation import StoredGenerationConfig, read_generation_config
 from llmctl.model.hf import LlmctlForCausalLM, LlmctlPreTrainedModel
 from llmctl.model.init import initialize
 from llmctl.model.keymap import to_core, to_disk
@@ -28,6 +29,7 @@ from llmctl.model.leaves import leaves, swap
 from llmctl.model.masked import LlmctlForMaskedLM
 from llmctl.model.packed import PackedLinear, settle
 from llmctl.model.seq2seq import LlmctlForConditionalGeneration
+from llmctl.model.tying import refuse_missing_head, table_from_head, tied_as_stored, tied_in
 from llmctl.model.weights import PICKLED, PICKLED_INDEX, Stored, open_weights
 from llmctl.recipe.model import ModelSection
 from llmctl.runs import refuse_refused, run_of
@@ -79,7 +81,7 @@ def _new(kind: type[M], spec: ModelSection, seed: int, ids: dict[str, Any]) -> M
     model.tie_weights()
     initialize(model, spec, seed)
     if model.can_generate():
-        model.generation_config = GenerationConfig(**ids)
+        model.generation_config = StoredGenerationConfig(**ids)
     return model
 
 
@@ -112,22 +114,24 @@ def load_model(
     _refuse_other_kind(folder, config, kind)
     family = FAMILIES.get(config.spec.family)
     scheme = _scheme(folder, quantized)
-    model = _empty(config, kind)
     with ExitStack() as stack:
         tensors = open_weights(folder, stack, allow_pickle)
+        model = _empty(tied_as_stored(config, tensors, folder), kind)
+        tensors = table_from_head(config, tensors)
         if scheme is not None:
             tensors = _fill_packed(model, tensors, scheme, folder)
         _fill(model, tensors, family, dtype, device, folder)
     model.tie_weights()
     settle(model, torch.device(device), exact=quantized == "exact")
     if model.can_generate():
-        model.generation_config = _generation_config(folder, config)
+        model.generation_config = read_generation_config(folder, carried(config))
     return model.eval()
 
 
 def load_config(where: str | Path) -> LlmctlConfig:
     """The config of a model, without its weights. Raises UserError as `load_model` does."""
-    return config_in(locate(str(where), FILES))
+    folder = locate(str(where), FILES)
+    return tied_in(folder, config_in(folder))
 
 
 @torch.no_grad()
@@ -224,9 +228,13 @@ def _fill_packed(
 
 def head_in(config: LlmctlConfig) -> tuple[str, str] | None:
     """The key of `KINDS` for what `config.json` says a model is, and the class that it names; None if it names none."""
-    plain = FAMILIES[config.spec.family].plain_name if config.spec.family in FAMILIES else str
-    names = config.architectures or []
-    return next(((end, name) for name in names for end in KINDS if plain(name).endswith(end)), None)
+    family = FAMILIES.get(config.spec.family)
+    plain, prefix = (family.plain_name, family.prefix) if family else (str, "Llmctl")
+    listed = [config.architectures] if isinstance(config.architectures, str) else config.architectures or []
+    # a name of another family says nothing of this one: transformers goes by model_type
+    names = [name for name in listed if name.startswith((prefix, "Llmctl"))]
+    found = [(end, name) for name in names for end in KINDS if plain(name).endswith(end)]
+    return next((held for held in found if held[0] != BACKBONE), found[0] if found else None)
 
 
 def _refuse_other_kind(folder: Path, config: LlmctlConfig, kind: type[LlmctlPreTrainedModel]) -> None:
@@ -239,13 +247,6 @@ def _refuse_other_kind(folder: Path, config: LlmctlConfig, kind: type[LlmctlPreT
     if config.spec.stack not in kind.stacks:
         _, name, hint = STACKS[config.spec.stack]
         raise UserError(f"{folder}: holds {name}, not {needed}", hint)
-
-
-def _generation_config(folder: Path, config: LlmctlConfig) -> GenerationConfig:
-    path = folder / "generation_config.json"
-    if path.is_file():
-        return GenerationConfig.from_dict(read_json(path))
-    return GenerationConfig(**carried(config))
 
 
 def _fill(
@@ -271,7 +272,9 @@ def _fill(
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(family.bare)}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(DROPPED)}
     spare = to_disk({name: wanted[name] for name in tied & wanted.keys()}, rules)
-    _refuse(folder, "missing", sorted(needed.keys() - tensors.keys() - spare.keys()))
+    missing = sorted(needed.keys() - tensors.keys() - spare.keys())
+    refuse_missing_head(model.config, missing, folder)
+    _refuse(folder, "missing", missing)
     _refuse(folder, "unexpected", sorted(tensors.keys() - needed.keys()))
     _check(tensors, needed, folder)
     for step in to_core(tensors, rules):

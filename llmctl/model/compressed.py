@@ -24,6 +24,7 @@ from llmctl.errors import UserError
 from llmctl.kernels.packing import pack_words, unpack_words, words_for
 from llmctl.kernels.quantized import Quantized
 
+BITSANDBYTES = ("load_in_4bit", "load_in_8bit")  # its fields, without `quant_method` in older files
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 BITS = (8, 4, 3)
 PACKED, SCALE, ZERO, SHAPE = ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape"
@@ -75,12 +76,16 @@ def scheme_in(raw: Mapping[str, Any], where: str) -> Scheme | None:
     if not config:
         return None
     told = config if isinstance(config, dict) else {}
-    method = told.get("quant_method", config if isinstance(config, str) else "unknown")
+    loads = [told[name] for name in BITSANDBYTES if name in told]
+    if loads and not any(loads):
+        return None
+    unnamed = "bitsandbytes" if loads else config if isinstance(config, str) else "unknown"
+    method = told.get("quant_method") or unnamed
     found = f"{method} {told['format']}" if "format" in told else str(method)
     groups = told.get("config_groups")
     if method != METHOD or told.get("format") != FORMAT or not isinstance(groups, dict) or len(groups) != 1:
         raise UserError(
-            f"{where}: the weights are quantized ({found}), and of quantized ones only {METHOD} {FORMAT} is read",
+            f"{where}: quantization_config: the weights are quantized ({found}), and of quantized ones only {METHOD} {FORMAT} is read",
             "use the model they were made from, and `llmctl quantize` it",
         )
     (layers,) = groups.values()

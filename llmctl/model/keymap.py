@@ -2,6 +2,9 @@
 
 A rule is written once, in the direction disk -> core; its inverse follows. Names may hold `{i}`
 (the layer) and other braces, which match digits. Rules are tried on their first name.
+
+`split_rows` and `join_rows` do the same with what has a row for each output of a matrix, such as the second factor
+of a low-rank update, [out, r]: there a row is an output even where the matrix itself is stored (in, out).
 """
 
 from __future__ import annotations
@@ -29,6 +32,12 @@ class _One:
     @property
     def core_names(self) -> tuple[str, ...]:
         return (self.core,)
+
+    def split_rows(self, rows: Tensor) -> list[Tensor]:
+        return [rows]
+
+    def join_rows(self, parts: list[Tensor]) -> Tensor:
+        return parts[0]
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,12 @@ class Split:
     def save(self, parts: list[Tensor]) -> list[Tensor]:
         return [torch.cat([part.T if self.transpose else part for part in parts], dim=self.dim).contiguous()]
 
+    def split_rows(self, rows: Tensor) -> list[Tensor]:
+        return list(torch.split(rows, list(self.sizes) or rows.shape[0] // len(self.core)))
+
+    def join_rows(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts)
+
     @property
     def copies(self) -> bool:
         return self.transpose or self.dim != 0
@@ -98,6 +113,12 @@ class Stack:
     def save(self, parts: list[Tensor]) -> list[Tensor]:
         return [part.contiguous() for part in parts[0].unbind(0)]
 
+    def split_rows(self, rows: Tensor) -> list[Tensor]:
+        raise ValueError("numbered matrices are no rows of a stacked one")
+
+    def join_rows(self, parts: list[Tensor]) -> Tensor:
+        raise ValueError("numbered matrices are no rows of a stacked one")
+
     @property
     def disk_names(self) -> tuple[str, ...]:
         return tuple(self.disk.replace("{e}", str(index)) for index in range(self.count))
@@ -125,6 +146,12 @@ class Unpair(_One):
 
     def save(self, parts: list[Tensor]) -> list[Tensor]:
         return [parts[0].index_select(0, self._order(parts[0]).argsort())]
+
+    def split_rows(self, rows: Tensor) -> list[Tensor]:
+        return self.load([rows])
+
+    def join_rows(self, parts: list[Tensor]) -> Tensor:
+        return self.save(parts)[0]
 
     def _order(self, rows: Tensor) -> Tensor:
         """Which row on disk each row of the core is."""
@@ -155,16 +182,25 @@ class Step:
         """The tensors on disk, of the core's."""
         return dict(zip(self.disk, self.rule.save(parts), strict=True))
 
+    def split_rows(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows by the names of the core's tensors that they belong to."""
+        return dict(zip(self.core, self.rule.split_rows(rows), strict=True))
+
 
 def to_core(names: Iterable[str], rules: tuple[Rule, ...]) -> list[Step]:
     """How tensors with these names on disk become the core's. Names that no rule mentions stay."""
     return _steps(list(names), rules, from_disk=True)
 
 
+def from_core(names: Iterable[str], rules: tuple[Rule, ...]) -> list[Step]:
+    """The steps that hold the core's tensors with these names. Names that no rule mentions stay."""
+    return _steps(list(names), rules, from_disk=False)
+
+
 def to_disk(state: Mapping[str, Tensor], rules: tuple[Rule, ...]) -> dict[str, Tensor]:
     """The core's tensors under the names and shapes of the family's files."""
     found: dict[str, Tensor] = {}
-    for step in _steps(list(state), rules, from_disk=False):
+    for step in from_core(state, rules):
         found |= step.save([state[name] for name in step.core])
     return found
 

@@ -6,23 +6,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from transformers import GenerationConfig
 
 from llmctl.errors import UserError
 from llmctl.files import read_json
 from llmctl.locate import locate
-from llmctl.model.adapters import ADAPTER_CONFIG, TASKS, attach, fold, is_adapter
+from llmctl.model.adapter_file import ADAPTER_CONFIG, is_adapter, table_rows
+from llmctl.model.adapter_fit import refuse_missing_rows, vocabulary_rows
+from llmctl.model.adapters import TASKS, attach, fold
 from llmctl.model.checkpoint import FILES, load_config, load_model
 from llmctl.model.config import LlmctlConfig
+from llmctl.model.families import carried, dtype_named
+from llmctl.model.generation import GENERATION_CONFIG, StoredGenerationConfig, read_generation_config
 from llmctl.model.hf import LlmctlForCausalLM, LlmctlPreTrainedModel
 from llmctl.model.nf4 import round_nf4
-from llmctl.model.vocabulary import grow_vocabulary
+from llmctl.model.vocabulary import grow_vocabulary, resize_vocabulary
+from llmctl.model.weights import dtype_in
 from llmctl.runs import find_runs, folder_hash, run_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-GENERATION_CONFIG = "generation_config.json"
 M = TypeVar("M", bound=LlmctlPreTrainedModel)
 
 
@@ -70,7 +73,7 @@ def open_adapter(folder: Path, dtype: torch.dtype | None = None) -> PeftModel:
     model = open_base(folder, torch.float32 if dtype is None else dtype)
     found = attach(model, folder)
     if (folder / GENERATION_CONFIG).is_file():
-        model.generation_config = GenerationConfig.from_dict(read_json(folder / GENERATION_CONFIG))
+        model.generation_config = read_generation_config(folder, carried(model.config))
     return found
 
 
@@ -80,10 +83,19 @@ def open_base(folder: Path, dtype: torch.dtype | None = None) -> LlmctlForCausal
 
 
 def as_trained(model: M, folder: Path) -> M:
-    """An adapter's base as the adapter saw it, in place: with its new rows, and rounded to NF4 if it was then."""
+    """An adapter's base as the adapter saw it, in place: with its new rows, and rounded to NF4 if it was then.
+
+    Raises UserError if the adapter needs rows that neither has.
+    """
     made = run_of(folder) or {}
     if rows := made.get("vocab_size"):
         grow_vocabulary(model, rows)
+    else:
+        said, before = table_rows(folder), model.config.vocab_size
+        rows = vocabulary_rows(said, before)
+        settings, tied = read_json(folder / ADAPTER_CONFIG), model.config.tie_word_embeddings
+        refuse_missing_rows(said, settings, before, rows, tied, folder)
+        resize_vocabulary(model, rows)
     if made.get("base_precision") == "nf4":
         round_nf4(model)
     return model
@@ -96,8 +108,19 @@ def open_config(where: str | Path) -> LlmctlConfig:
         return load_config(folder)
     config = open_config(base_of(folder))
     rows = (run_of(folder) or {}).get("vocab_size")
-    config.vocab_size = max(config.vocab_size, rows or 0)
+    if rows:
+        config.vocab_size = max(config.vocab_size, rows)
+    else:
+        config.vocab_size = vocabulary_rows(table_rows(folder), config.vocab_size)
     return config
+
+
+def open_generation_config(where: str | Path) -> StoredGenerationConfig:
+    """The generation config of a model, or of an adapter, which has its base's if it brings none."""
+    folder = locate(str(where), FILES)
+    if is_adapter(folder) and not (folder / GENERATION_CONFIG).is_file():
+        return open_generation_config(base_of(folder))
+    return read_generation_config(folder, carried(open_config(folder)))
 
 
 def stored_dtype(where: str | Path) -> torch.dtype:
@@ -105,10 +128,7 @@ def stored_dtype(where: str | Path) -> torch.dtype:
     folder = locate(str(where), FILES)
     if is_adapter(folder):
         return stored_dtype(base_of(folder))
-    raw = read_json(folder / "config.json")
-    named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
-    found = getattr(torch, named.removeprefix("torch."), None)
-    return found if isinstance(found, torch.dtype) else torch.float32
+    return dtype_named(read_json(folder / "config.json"), str(folder / "config.json")) or dtype_in(folder)
 
 
 def base_of(folder: Path) -> str:

@@ -125,6 +125,14 @@ def open_weights(folder: Path, stack: ExitStack, allow_pickle: bool) -> dict[str
     return _contents([_open_pickled(path) for path in paths])
 
 
+def dtype_in(folder: Path) -> torch.dtype:
+    """The precision of the first weight of a model folder, as transformers takes for `auto`. Raises as `open_weights`."""
+    with ExitStack() as stack:
+        tensors = open_weights(folder, stack, allow_pickle=False).values()
+        dtypes = (tensor.mapped().dtype for tensor in tensors)
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
 def _contents(files: list[Any]) -> dict[str, Stored]:
     return {name: Stored(file, name) for file in files for name in file.names()}
 
@@ -136,9 +144,9 @@ def _paths(folder: Path, single: str, index: str) -> list[Path] | None:
     if not (folder / index).is_file():
         return None
     names = read_json(folder / index).get("weight_map")
-    if not isinstance(names, dict) or not names:
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{folder / index}: lists no weights", "copy or download the model again")
-    paths = [folder / str(name) for name in sorted(set(names.values()))]
+    paths = [folder / name for name in sorted(set(names.values()))]
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: missing, though {index} lists it", "copy or download it again")

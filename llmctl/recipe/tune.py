@@ -64,6 +64,7 @@ class SftData(ConversationData):
 
     text_field: str = about("data.text_field", "text")
     mask_prompt: bool = about("data.mask_prompt", True)
+    rewritten: Literal["last", "split"] = about("data.rewritten", "last")
     packing: bool = about("data.packing", True)
 
 

@@ -20,9 +20,9 @@ from llmctl.plan.size import total_parameters
 from llmctl.recipe.chat import ChatRecipe, ChatSection
 from llmctl.stages.generate import end_ids, open_writer, prompt_ids, written
 from llmctl.talk import Talk
+from llmctl.tokenizer.jinja import MARK
 from llmctl.tokenizer.render import Message, Renderer, RenderError
 from llmctl.tokenizer.stream import TextStream
-from llmctl.tokenizer.template import MARK
 
 Ended = Literal["stop", "length", "context", "interrupted"]
 SAVED = (".json", ".jsonl")
@@ -197,7 +197,7 @@ class Chat:
         self._asked += 1
         sample = sampler(settings.temperature, settings.top_k, settings.top_p, seed)
         ends = frozenset[int]() if settings.ignore_eos else self._ends
-        stream = TextStream(self._tokenizer, ids)
+        stream = TextStream(self._tokenizer, ids, self._form.said)
         made = self._session.generate(ids, wanted, sample, ends)
         tokens, speed = written(made, stream, on_text, stopped)
         ended: Ended = "length" if wanted < room else "context"
@@ -217,7 +217,13 @@ class Chat:
 
 
 class _Form(Protocol):
-    """How a conversation becomes a prompt."""
+    """How a conversation becomes a prompt.
+
+    Attributes:
+        said: special tokens that are a part of what is said, and of the conversation from then on.
+    """
+
+    said: frozenset[int]
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids after which the answer to the last message begins. Raises UserError."""
@@ -235,12 +241,16 @@ class _Templated:
             self._renderer = Renderer(tokenizer)
         except UserError as error:
             raise UserError(f"{where}: {error.message}", MEND) from None
+        self.said = self._renderer.message_tokens
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
         try:
-            return self._renderer.prompt_ids(messages)
+            ids = self._renderer.prompt_ids(messages)
         except RenderError as error:
             raise UserError(f"{self._where}: {error}", MEND) from None
+        if not ids:
+            raise UserError(f"{self._where}: the chat template writes nothing", MEND)
+        return ids
 
     def refuse_system(self) -> None:
         turns: list[Message] = [{"role": "system", "content": MARK}, {"role": "user", "content": "?"}]
@@ -259,7 +269,7 @@ class _Plain:
     """Text after text, for a model without a template: what the user writes begins on a line of its own."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, where: str) -> None:
-        self._tokenizer, self._where = tokenizer, where
+        self._tokenizer, self._where, self.said = tokenizer, where, frozenset[int]()
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
         text = ""

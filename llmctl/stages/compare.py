@@ -17,12 +17,13 @@ from llmctl.model import LlmctlForCausalLM
 from llmctl.model.open import open_config, open_model
 from llmctl.recipe.tune import CompareRecipe, CompareRows, SftData
 from llmctl.stages.gate import out_of_bounds, rounded_dtype, similar_kl
+from llmctl.stages.generate import end_ids
 from llmctl.stages.rows import TalkRows, read_rows, require_data
-from llmctl.stages.text import fitting_tokenizer, pad_id_of, row_length
+from llmctl.stages.text import fitting_tokenizer, open_tokenizer, pad_id_of, row_length
 from llmctl.talk import SILENT, Talk
 from llmctl.tokenizer.choose import OWN, choose_template
-from llmctl.tokenizer.load import fingerprint, load_tokenizer
-from llmctl.tokenizer.template import stop_ids, template_hash
+from llmctl.tokenizer.load import fingerprint
+from llmctl.tokenizer.template import template_hash
 
 ROW = 512  # tokens in a row where the recipe sets none
 
@@ -88,7 +89,7 @@ def held_together(
         where: the model whose tokenizer made the rows.
         rounded: see `parity`; left out where the models compute in less than float32 themselves.
     """
-    tokenizer = load_tokenizer(where)
+    tokenizer = open_tokenizer(where)
     choose_template(tokenizer, OWN)
     batches = eval_batches(
         rows.laid,
@@ -100,18 +101,21 @@ def held_together(
     made = parity(a, b, batches, compute, rounded=rounded, max_tokens=settings.max_tokens, talk=talk)
     found: dict[str, Any] = made.figures()
     found["rows"] = len(made.row.unique())
-    stops = frozenset(stop_ids(tokenizer))
+    stops = [end_ids(model, tokenizer) for model in (a, b)]
     answers = []
     for prompt, reference in rows.prompts(settings.answers):
-        said = [_answer(model, prompt, settings.max_new_tokens, stops, compute) for model in (a, b)]
+        said = [
+            _answer(model, prompt, settings.max_new_tokens, ends, compute)
+            for model, ends in zip((a, b), stops, strict=True)
+        ]
         answers.append(
             {
                 "prompt": tokenizer.decode(prompt),
                 "reference": tokenizer.decode(reference),
                 "a": tokenizer.decode(said[0]),
                 "b": tokenizer.decode(said[1]),
-                "stopped_a": bool(said[0]) and said[0][-1] in stops,
-                "stopped_b": bool(said[1]) and said[1][-1] in stops,
+                "stopped_a": bool(said[0]) and said[0][-1] in stops[0],
+                "stopped_b": bool(said[1]) and said[1][-1] in stops[1],
             }
         )
     count = len(answers)

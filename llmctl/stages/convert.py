@@ -25,7 +25,7 @@ STAGE = "convert"
 # what belongs to the tokenizer of a model folder, under its names in every library
 TOKENIZER = (
     "tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
-    "*.model", "*.tiktoken",
+    "*.model", "*.tiktoken", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 
 
@@ -69,4 +69,6 @@ def _write(model: LlmctlPreTrainedModel, folder: Path, target: Path) -> None:
     for pattern in TOKENIZER:
         for file in folder.glob(pattern):
             if file.is_file():
-                shutil.copyfile(file, target / file.name)
+                copy = target / file.relative_to(folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import NamedTuple, TypeVar
@@ -18,7 +18,11 @@ from transformers import PreTrainedTokenizerFast
 from llmctl.data.formats import Example
 from llmctl.data.shapes import Completion, Conversation, Preference, Text, Tools
 from llmctl.errors import UserError
+from llmctl.stages.remarks import JOINED, SPLIT, UNTRAINABLE, remarks
+from llmctl.tokenizer.answers import FORCED, REWRITTEN, UNENDED
+from llmctl.tokenizer.forms import is_plain
 from llmctl.tokenizer.render import Encoded, Message, PlainText, Rendered, Renderer, RenderError
+from llmctl.tokenizer.twins import shipped
 
 T = TypeVar("T")
 BATCH = 512  # examples rendered and tokenized at a time
@@ -33,12 +37,14 @@ class Row(NamedTuple):
         spans: [start, end) of what is trained.
         place: where the record lies, as "path:line".
         is_text: plain text, whose every token is trained and which may be split.
+        why: why nothing of it can be trained; empty if something is.
     """
 
     ids: list[int]
     spans: tuple[tuple[int, int], ...]
     place: str
     is_text: bool = False
+    why: str = ""
 
 
 class _Batch(NamedTuple):
@@ -55,17 +61,27 @@ class Encoder:
 
     Args:
         mask_prompt: train only what the assistant writes.
+        split: make a row of its own of each answer that the template writes in another way once turns follow.
+
+    Attributes:
+        formats: format -> examples of it.
+        answers: what is to be said of answers -> how many; see remarks.py.
+        unwritten: what the template leaves out -> records that have it.
     """
 
     tokenizer: PreTrainedTokenizerFast
     mask_prompt: bool = True
+    split: bool = False
     formats: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+    unwritten: Counter[str] = field(default_factory=Counter)
     _seen: Counter[tuple[int, bool]] = field(default_factory=Counter)
+    _told: tuple[str, set[str]] = field(default_factory=lambda: ("", set()))
 
     @cached_property
     def renderer(self) -> Renderer:
         """The chat template, made when the first conversation comes."""
-        return Renderer(self.tokenizer)
+        return Renderer(self.tokenizer, strict=False)
 
     @cached_property
     def _two_bos(self) -> list[int | None]:
@@ -78,8 +94,8 @@ class Encoder:
     def rows(self, found: Iterable[Example]) -> Iterator[Row]:
         """Conversations, completions and texts as rows, in order.
 
-        Raises UserError, with the place: a template that refuses the record or loses part of it, no trained
-        token, an end token that is not trained or does not stop generation, two BOS at the beginning,
+        Raises UserError, with the place: a template that refuses the record or writes nothing of its answers,
+        an end token that is not trained or does not stop generation, two BOS at the beginning,
         a prompt that would be other ids at inference, a record of preferences.
         """
         with ThreadPoolExecutor(1) as pool:
@@ -91,17 +107,40 @@ class Encoder:
     ) -> Iterator[tuple[_Batch, Future[tuple[list[list[int]], list[list[int]]]]]]:
         """Batches as text. While one is tokenized, which is no work for Python, the next can be rendered."""
         while examples := list(islice(found, BATCH)):
-            batch = _Batch(examples, [], [])
+            batch = _Batch([], [], [])
             for example in examples:
                 shape = example.shape
+                self.formats[example.format] += 1
                 if isinstance(shape, Conversation):
-                    batch.talks.append(self.render(shape.messages, shape.tools, example))
-                elif isinstance(shape, Completion):
+                    for part, rendered in self._conversation(example, shape):
+                        batch.examples.append(part)
+                        batch.talks.append(rendered)
+                    continue
+                batch.examples.append(example)
+                if isinstance(shape, Completion):
                     begin, text = len(shape.prompt), shape.prompt + shape.completion
                     batch.plain.append(Rendered(text, ((begin, len(text)),)))
                 elif isinstance(shape, Text):
                     batch.plain.append(Rendered(shape.text, ()))
             yield batch, pool.submit(self._tokenized, batch)
+
+    def _conversation(self, example: Example, shape: Conversation) -> Iterator[tuple[Example, Rendered]]:
+        """A conversation, after one for each answer that is split off it, which ends with that answer."""
+        whole = self.render(shape.messages, shape.tools, example)
+        rewritten = [turn for why, turn in whole.left if why == REWRITTEN and self.split]
+        for turn in rewritten:
+            messages = shape.messages[: turn + 1]
+            part = self.render(messages, shape.tools, example)
+            own = [span for span, of in zip(part.spans, part.turns, strict=True) if of == turn]
+            left = tuple((why, of) for why, of in part.left if of == turn)
+            if own:
+                self.answers[SPLIT] += 1
+                yield (
+                    replace(example, shape=replace(shape, messages=messages)),
+                    part._replace(spans=tuple(own), turns=(turn,) * len(own), left=left),
+                )
+        left = tuple(item for item in whole.left if item[1] not in rewritten)
+        yield example, whole._replace(left=left)
 
     def _tokenized(self, batch: _Batch) -> tuple[list[list[int]], list[list[int]]]:
         # without conversations there may be no template
@@ -111,13 +150,13 @@ class Encoder:
     def _finished(
         self, batch: _Batch, talk_ids: list[list[int]], plain_ids: list[list[int]]
     ) -> Iterator[Row]:
-        talks = iter(self.renderer.located(batch.talks, talk_ids) if batch.talks else ())
+        encoded = self.renderer.located(batch.talks, talk_ids) if batch.talks else []
+        talks = zip(encoded, batch.talks, strict=True)
         plain = iter(self._plain.located(batch.plain, plain_ids))
         for example in batch.examples:
             place, shape = example.place, example.shape
-            self.formats[example.format] += 1
             if isinstance(shape, Conversation):
-                yield self._talk(sound(next(talks), place), shape, place)
+                yield self._talk(*next(talks), shape, place)
             elif isinstance(shape, Completion | Text):
                 yield self._written(sound(next(plain), place), place)
             else:
@@ -128,8 +167,10 @@ class Encoder:
                     "use it with `llmctl reward` or `llmctl dpo`" if pair else "`llmctl score` reads these",
                 )
 
-    def _talk(self, one: Encoded, shape: Conversation, place: str) -> Row:
-        self.check(one, shape.messages, shape.tools, place)
+    def _talk(self, one: Encoded, rendered: Rendered, shape: Conversation, place: str) -> Row:
+        why = self.check(one, rendered, shape, place)
+        if why:
+            return Row(one.ids, (), place, why=why)
         return Row(one.ids, one.spans if self.mask_prompt else ((0, one.spans[-1][1]),), place)
 
     def _written(self, one: Encoded, place: str) -> Row:
@@ -143,35 +184,57 @@ class Encoder:
     def render(self, messages: list[Message], tools: Tools, example: Example) -> Rendered:
         """A conversation as text. Raises UserError with the example's place if the template refuses it."""
         try:
-            return self.renderer.render(messages, tools)
+            rendered = self.renderer.render(messages, tools)
         except RenderError as error:
             raise UserError(f"{example.place}: {error}", error.hint) from None
+        if tools or not is_plain(messages):
+            self._count_unwritten(example.place, set(self.renderer.unwritten(messages, tools)))
+        return rendered
 
-    def check(self, one: Encoded, messages: list[Message], tools: Tools, place: str) -> None:
-        """Raise UserError if training on this conversation would teach something else than it says."""
-        ids, spans = one
+    def _count_unwritten(self, place: str, found: set[str]) -> None:
+        """Each once a record, which may be rendered several times in a row: as both sides of a preference, say."""
+        told, known = self._told
+        known = known if place == told else set()
+        self.unwritten.update(found - known)
+        self._told = place, known | found
+
+    def check(self, one: Encoded, rendered: Rendered, shape: Conversation, place: str) -> str:
+        """Whether training on a conversation teaches what it says: why not if nothing of it can be trained, else "".
+
+        Raises UserError if it would teach something else, because of the template.
+        """
+        ids, spans = one.ids, one.spans
         if ids[:2] == self._two_bos:
             raise UserError(
                 f"{place}: the row begins with two BOS tokens", "take one of them out of the chat template"
             )
-        stops, roles = self.renderer.stop_ids, [message["role"] for message in messages]
-        if not spans or any(start >= end for start, end in spans):
+        reasons = [why for why, _ in rendered.left] + [JOINED] * one.joined
+        self.answers.update(reasons)
+        if not any(start < end for start, end in spans):
+            if why := next((UNTRAINABLE[reason] for reason in reasons if reason in UNTRAINABLE), ""):
+                return why
             raise UserError(
                 f"{place}: no trained token in the row",
                 "the chat template leaves the answer out; choose another with --template",
             )
-        if len(spans) != roles.count("assistant"):
-            raise UserError(
-                f"{place}: the template marks {len(spans)} answers, the record has {roles.count('assistant')}",
-                "mend its {% generation %} marks, or choose another with --template",
-            )
-        for _, end in spans:
-            if ids[end - 1] not in stops:
-                raise self._bad_end(ids, end, place)
-        kind = len(roles), tools is None
-        if self._seen[kind] < COMPARED:
+        self._check_ends(one, rendered, shape, place)
+        kind = len(shape.messages), shape.tools is None
+        if self._seen[kind] < COMPARED and not one.joined:
             self._seen[kind] += 1
-            self._compare_prompts(one, messages, tools, place)
+            self._compare_prompts(one, rendered, shape, place)
+        return ""
+
+    def _check_ends(self, one: Encoded, rendered: Rendered, shape: Conversation, place: str) -> None:
+        """Does an answer end with what stops generation, if the template writes it?"""
+        if self.renderer.ends_by_next_turn:
+            return
+        unended = {turn for why, turn in rendered.left if why == UNENDED}
+        ends = dict(zip(rendered.turns, one.spans, strict=True))  # the last span of each answer
+        for turn, (start, end) in ends.items():
+            if turn in unended and shape.messages[turn].get("tool_calls"):
+                continue  # what ends a call is known to the model's own list of end tokens
+            if start < end and one.ids[end - 1] not in self.renderer.stop_ids:
+                raise self._bad_end(one.ids, end, place)
 
     def _bad_end(self, ids: list[int], end: int, place: str) -> UserError:
         if end < len(ids) and ids[end] in self.renderer.stop_ids:
@@ -184,21 +247,40 @@ class Encoder:
             "the template must end an answer with a special token; choose another with --template",
         )
 
-    def _compare_prompts(self, one: Encoded, messages: list[Message], tools: Tools, place: str) -> None:
+    def _compare_prompts(self, one: Encoded, rendered: Rendered, shape: Conversation, place: str) -> None:
         """Is the prompt what chat would send? Where an answer begins is found in a faster way than this one."""
-        answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-        for (start, _), answer in zip(one.spans, answers, strict=True):
-            try:
-                asked = self.renderer.prompt_ids(messages[:answer], tools)
-            except RenderError as error:
-                raise UserError(f"{place}: {error}", error.hint) from None
-            if asked != one.ids[:start]:
-                at = next((i for i, (a, b) in enumerate(zip(asked, one.ids, strict=False)) if a != b), start)
-                raise UserError(
-                    f"{place}: the prompt is rendered in another way for training than for inference: "
-                    f"{self._shown(*one.ids[at : at + 4])} instead of {self._shown(*asked[at : at + 4])}",
-                    "choose another template with --template, as --template chatml",
-                )
+        forced = {turn for why, turn in rendered.left if why == FORCED}
+        firsts = dict(
+            zip(rendered.turns[::-1], one.spans[::-1], strict=True)
+        )  # the first span of each answer
+        for turn in firsts.keys() - forced:
+            self.compare_prompt(one.ids, firsts[turn][0], shape.messages[:turn], shape.tools, place)
+
+    def compare_prompt(
+        self, ids: list[int], start: int, messages: list[Message], tools: Tools, place: str
+    ) -> None:
+        """Raise UserError if the first `start` ids are not the prompt of inference, with what may be trained after it."""
+        try:
+            asked = self.renderer.prompt_ids(messages, tools)
+        except RenderError as error:
+            raise UserError(f"{place}: {error}", error.hint) from None
+        if asked == ids[: len(asked)] and len(asked) <= start:
+            return
+        at = next((i for i, (a, b) in enumerate(zip(asked, ids, strict=False)) if a != b), start)
+        raise UserError(
+            f"{place}: the prompt is rendered in another way for training than for inference: "
+            f"{self._shown(*ids[at : at + 4])} instead of {self._shown(*asked[at : at + 4])}",
+            "choose another template with --template, as --template chatml",
+        )
+
+    def notes(self) -> Iterator[str]:
+        """What is to be said of the examples, and of how their answers were found; after they were read."""
+        if "renderer" in self.__dict__:
+            if name := self.renderer.twin:
+                yield f"answers are marked as in TRL's training template of `{name}`"
+            elif not self.renderer.marked and shipped() is None:
+                yield "TRL is not installed: its training templates of known models are not looked at"
+        yield from remarks(self.answers, self.unwritten)
 
     @cached_property
     def _ends(self) -> tuple[list[int], list[int]]:

@@ -81,7 +81,7 @@ def _answers(
     rows = read_rows(settings.data, data, tokenizer, length, talk)
     pad = pad_id_of(tokenizer)
     batches = eval_batches(rows.laid, batch_size=settings.batch_size, pad_id=pad, max_rows=settings.max_rows)
-    figures = score(model, batches, 0.0, frozenset(), compute).figures()
+    figures = score(model, batches, 0.0, compute).figures()
     found: dict[str, Any] = {name: figures[name] for name in ("loss", "perplexity", "tokens")}
     matches = exact_matches(model, rows.prompts(settings.max_rows), compute, settings.batch_size)
     if matches:

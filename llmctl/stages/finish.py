@@ -22,6 +22,8 @@ def install(save: Callable[[Path], None], out: Path) -> None:
     with folder_atomic(out / FINAL) as folder:
         save(folder)
     for file in sorted((out / FINAL).iterdir()):
+        if file.is_dir() and (out / file.name).is_dir():
+            shutil.rmtree(out / file.name)  # named chat templates of an interrupted attempt
         os.replace(file, out / file.name)
     shutil.rmtree(out / FINAL)
     sync_folder(out)

@@ -16,8 +16,9 @@ from llmctl.kernels.device import DTYPES, pick_device
 from llmctl.kernels.threads import use_threads
 from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM
-from llmctl.model.adapters import is_adapter
+from llmctl.model.adapters import can_fold, is_adapter
 from llmctl.model.checkpoint import FILES
+from llmctl.model.generation import ids_in
 from llmctl.model.open import open_folded, open_model
 from llmctl.model.ready import ready
 from llmctl.recipe.generate import GenerateRecipe, SamplingSection
@@ -62,7 +63,7 @@ def open_writer(
 def load_for_generation(
     where: str, device: str, dtype: str, field: str = "generate.dtype"
 ) -> LlmctlForCausalLM:
-    """The model as it is used: adapters folded in, weights laid out for the device, in the asked precision.
+    """The model as it is used: adapters folded in where they can be, weights laid out for the device, in the asked precision.
 
     float16 weights become float32 on a CPU.
     """
@@ -72,6 +73,8 @@ def load_for_generation(
             f"{field}: float16 is far slower than float32 on a CPU", "use bfloat16, float32 or auto"
         )
     folder = locate(where, FILES)
+    if is_adapter(folder) and not can_fold(folder):
+        return open_model(folder, DTYPES.get(dtype), place)
     open_it = open_folded if is_adapter(folder) else open_model
     model = open_it(folder, DTYPES.get(dtype), place)
     if place.type == "cpu" and model.dtype == torch.float16:
@@ -86,9 +89,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: bool, wher
         if tokenizer.chat_template is None:
             raise UserError(f"{where}: the tokenizer has no chat template", "leave out --chat")
         try:
-            return Renderer(tokenizer).prompt_ids([{"role": "user", "content": prompt}])
+            ids = Renderer(tokenizer).prompt_ids([{"role": "user", "content": prompt}])
         except RenderError as error:
             raise UserError(f"{where}: {error}", error.hint) from None
+        if not ids:
+            raise UserError(f"{where}: the chat template writes nothing", "leave out --chat")
+        return ids
     ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if tokenizer.bos_token_id is not None:
         ids.insert(0, tokenizer.bos_token_id)
@@ -156,6 +162,4 @@ def written(
 
 def end_ids(model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     """The tokens that end a text: those of the model, and those of the tokenizer and its template."""
-    listed = model.generation_config.eos_token_id
-    listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
-    return frozenset([*listed, *stop_ids(tokenizer)])
+    return frozenset([*ids_in(model.generation_config.eos_token_id), *stop_ids(tokenizer)])

@@ -27,9 +27,9 @@ from llmctl.stages.compare import held_together, shared_rows
 from llmctl.stages.finish import install
 from llmctl.stages.gate import faithful_kl, kept_hint, out_of_bounds, refuse_drift, rounded_dtype
 from llmctl.stages.rows import TalkRows
-from llmctl.stages.text import parent
+from llmctl.stages.text import open_tokenizer, parent
 from llmctl.talk import Talk
-from llmctl.tokenizer.load import fingerprint, load_tokenizer
+from llmctl.tokenizer.load import fingerprint
 from llmctl.tokenizer.template import stop_ids, template_hash
 
 STAGE = "merge"
@@ -82,7 +82,7 @@ def run(recipe: MergeRecipe, talk: Talk, accept: bool = False) -> RunResult:
     check_out(out, resumable=False)
     compute = pick_compute(recipe.device, settings.dtype, "compare.dtype")
     use_threads(settings.threads, "compare.threads", compute.device, talk)
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = open_tokenizer(str(folder))
     rows = shared_rows(str(folder), str(folder), settings, talk)
     adapted = open_model(folder, compute.dtype, compute.device)
     job = _Merge(folder, recipe, rows, compute, talk)

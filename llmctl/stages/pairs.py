@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -15,14 +15,15 @@ from llmctl.data.batches import split_holdout
 from llmctl.data.document import Account
 from llmctl.data.formats import Example, examples
 from llmctl.data.packing import Pieces
-from llmctl.data.shapes import Preference
-from llmctl.data.turns import Message
+from llmctl.data.shapes import Conversation, Preference
 from llmctl.errors import UserError
 from llmctl.recipe.tune import PairData
-from llmctl.stages.encode import BATCH, Encoder, sound
+from llmctl.stages.encode import BATCH, Encoder
+from llmctl.stages.remarks import UNTRAINABLE
 from llmctl.stages.rows import OVERLONG, counted, refuse_many_dropped
 from llmctl.talk import Talk
-from llmctl.tokenizer.render import Encoded
+from llmctl.tokenizer.answers import OTHER_PROMPT, REWRITTEN
+from llmctl.tokenizer.render import Encoded, Rendered
 
 NO_ROOM = "the prompt alone takes all {:,} tokens"
 SAME = "chosen and rejected are the same within {:,} tokens"
@@ -149,6 +150,8 @@ def fitted_pairs(
     pairs = [
         kept for pair in found if (kept := _fitted(pair, data.overlong, max_length, account)) is not None
     ]
+    for sentence in encoder.notes():
+        account.note(sentence)
     said = ", ".join(f"{count:,} {name}" for name, count in sorted(encoder.formats.items()))
     lines = [f"formats: {said}", *account.lines()]
     if cut := [pair for pair in pairs if pair.cut]:
@@ -174,23 +177,25 @@ def encoded_pairs(encoder: Encoder, found: Iterable[Example]) -> Iterator[Pair]:
         for example in batch:
             shape = _preference(example)
             encoder.formats[example.format] += 1
-            for answer in (shape.chosen, shape.rejected):
-                rendered.append(encoder.render([*shape.prompt, *answer], shape.tools, example))
+            for talk in _talks(shape):
+                one = encoder.render(talk.messages, talk.tools, example)
+                rendered.append(_without_prompt(one, len(shape.prompt)))
         ids = encoder.renderer.encode(rendered)
         for number, example in enumerate(batch):
-            shape, place = _preference(example), example.place
-            sides = []
-            for side, answer in enumerate((shape.chosen, shape.rejected)):
-                one = sound(ids[2 * number + side], place)
-                encoder.check(one, [*shape.prompt, *answer], shape.tools, place)
-                sides.append(_cut_at_answer(one, shape.prompt))
+            shape, at = _preference(example), 2 * number
+            sides = [
+                _cut_at_answer(encoder, one, text, talk, example.place, len(shape.prompt))
+                for one, text, talk in zip(
+                    ids[at : at + 2], rendered[at : at + 2], _talks(shape), strict=True
+                )
+            ]
             (prompt, chosen), (other, rejected) = sides
             if prompt != other:
                 raise UserError(
-                    f"{place}: the chat template renders the prompt in two ways, by the answer that follows",
+                    f"{example.place}: the chat template renders the prompt in two ways, by the answer that follows",
                     "choose another template with --template, as --template chatml",
                 )
-            yield Pair(prompt, chosen, rejected, place)
+            yield Pair(prompt, chosen, rejected, example.place)
 
 
 def _preference(example: Example) -> Preference:
@@ -202,11 +207,32 @@ def _preference(example: Example) -> Preference:
     return example.shape
 
 
-def _cut_at_answer(one: Encoded, prompt: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """Prompt and answer: the answer begins at the first assistant turn after the prompt and ends with its end."""
-    before = sum(message["role"] == "assistant" for message in prompt)
-    start, end = one.spans[before][0], one.spans[-1][1]
-    return one.ids[:start], one.ids[start:end]
+def _talks(shape: Preference) -> list[Conversation]:
+    """The conversations that end with each of both answers."""
+    return [Conversation([*shape.prompt, *answer], shape.tools) for answer in (shape.chosen, shape.rejected)]
+
+
+def _without_prompt(one: Rendered, prompt: int) -> Rendered:
+    """A conversation in which nothing of the first `prompt` messages is trained."""
+    own = [(span, turn) for span, turn in zip(one.spans, one.turns, strict=True) if turn >= prompt]
+    left = tuple((why, turn) for why, turn in one.left if turn >= prompt)
+    return one._replace(spans=tuple(span for span, _ in own), turns=tuple(turn for _, turn in own), left=left)
+
+
+def _cut_at_answer(
+    encoder: Encoder, one: Encoded, rendered: Rendered, talk: Conversation, place: str, prompt: int
+) -> tuple[list[int], list[int]]:
+    """Prompt and answer: the answer begins with the message after `prompt` others and ends with the last one.
+
+    Raises UserError as `Encoder.check`, and if nothing of that message can be trained.
+    """
+    why = encoder.check(one, rendered, talk, place)
+    starts = [span[0] for span, turn in zip(one.spans, rendered.turns, strict=True) if turn == prompt]
+    if why or not starts:
+        if OTHER_PROMPT in dict(rendered.left):
+            encoder.compare_prompt(one.ids, 0, talk.messages[:prompt], talk.tools, place)
+        raise UserError(f"{place}: {why or UNTRAINABLE[REWRITTEN]}", "mend or delete this record")
+    return one.ids[: starts[0]], one.ids[starts[0] : one.spans[-1][1]]
 
 
 def _fitted(pair: Pair, overlong: str | None, max_length: int, account: Account) -> Pair | None:

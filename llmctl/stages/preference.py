@@ -58,10 +58,12 @@ def train_on_pairs(recipe: RewardRecipe | DpoRecipe, talk: Talk, *, resume: bool
     talk.say(
         f"training {trained:,} parameters ({recipe.method}) on {base.compute}, {len(rows.pairs):,} pairs"
     )
+    model.tell(talk)
     fields = {
         "seed": recipe.train.seed,
         **base.manifest(),
         "base_precision": "nf4" if recipe.method == "qlora" else None,
+        "needs_merging": model.needs_merging,
         "data": _data_fields(recipe, rows, held),
     }
     with Run.start(stage, out, saved, resume=resume, **fields) as opened:

@@ -31,6 +31,7 @@ from llmctl.stages.text import (
     TextRows,
     for_training,
     highest_id,
+    open_tokenizer,
     pad_id_of,
     parent,
     refuse_mismatch,
@@ -42,7 +43,7 @@ from llmctl.stages.text import (
     training_batches,
 )
 from llmctl.talk import SILENT, Talk
-from llmctl.tokenizer.load import TOKENIZER, fingerprint, load_tokenizer
+from llmctl.tokenizer.load import TOKENIZER, fingerprint
 from llmctl.tokenizer.template import stop_ids, template_hash
 from llmctl.train.checkpoint import checkpoints
 from llmctl.train.loop import Job, train
@@ -130,7 +131,7 @@ def prepare(recipe: PretrainRecipe) -> Inputs:
         raise UserError("no tokenizer", "name one with --tokenizer; `llmctl tokenizer train` makes it")
     # first, because a broken config.json would look like a broken tokenizer
     spec = open_config(recipe.base).spec if recipe.base is not None else None
-    tokenizer = load_tokenizer(source)
+    tokenizer = open_tokenizer(source)
     if spec is not None:
         refuse_mismatch(tokenizer, spec.vocab_size or 0, source)
         _refuse_other_tokenizer(recipe, tokenizer)
@@ -230,7 +231,7 @@ def _refuse_other_tokenizer(recipe: PretrainRecipe, tokenizer: PreTrainedTokeniz
         # weights that came without a tokenizer: only a manifest, if there is one, can tell
         refuse_swapped_tokenizer(tokenizer, recipe.base)
         return
-    theirs = load_tokenizer(recipe.base)
+    theirs = open_tokenizer(recipe.base)
     refuse_swapped_tokenizer(theirs, recipe.base)
     if fingerprint(theirs) != fingerprint(tokenizer):
         raise UserError(

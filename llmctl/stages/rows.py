@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -36,6 +36,7 @@ class TalkRows:
     Args:
         places: where each document was read, by its number.
         formats: format -> records of it.
+        answers, unwritten: as in `Encoder`.
     """
 
     laid: Laid
@@ -44,6 +45,8 @@ class TalkRows:
     account: Account
     formats: dict[str, int]
     max_length: int
+    answers: dict[str, int] = field(default_factory=dict)
+    unwritten: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -109,10 +112,22 @@ def talk_rows(
     made = read_rows(data.train, data, tokenizer, max_length, talk, measured=measured)
     if data.eval:
         return made, read_rows(data.eval, data, tokenizer, max_length, talk, measured=measured)
-    kept, held = split_holdout(made.laid.pieces, data.eval_fraction, seed)
+    kept, held = _held_out(made.laid.pieces, made.places, data.eval_fraction, seed)
     kept = replace(kept, counts=made.laid.pieces.counts)
     lay = _layer(made, data.packing)
     return lay(kept), lay(held) if len(held) else None
+
+
+def _held_out(pieces: Pieces, places: Sequence[str], fraction: float, seed: int) -> tuple[Pieces, Pieces]:
+    """As `split_holdout`, with all rows of a record on one side: of those split off, each holds the ones before it."""
+    known: dict[str, int] = {}
+    record = np.array([known.setdefault(place, len(known)) for place in places])[pieces.doc]
+    if len(known) == len(places):
+        return split_holdout(pieces, fraction, seed)
+    numbers = np.unique(record)
+    _, held = split_holdout(Pieces(numbers, np.full_like(numbers, 2), numbers), fraction, seed)
+    chosen = np.isin(record, held.doc)
+    return pieces.take(~chosen), pieces.take(chosen)
 
 
 def read_rows(
@@ -132,7 +147,7 @@ def read_rows(
     """
     account = Account(noun="record")
     read = examples(sources, data.text_field, account)
-    encoder = Encoder(tokenizer, data.mask_prompt)
+    encoder = Encoder(tokenizer, data.mask_prompt, data.rewritten == "split")
     rows = list(encoder.rows(counted(map(_wanted, read) if measured else read, talk)))
     # texts first: they are cut by another rule than conversations, and the order of rows is shuffled anyway
     rows.sort(key=lambda row: not row.is_text)
@@ -143,9 +158,14 @@ def read_rows(
     found = _cut(doc_start, texts, policies, max_length, places)
     pieces = _useful(found, trained)
     lengths = np.diff(doc_start)
+    kept = {places[doc] for doc in pieces.doc.tolist()}
     for doc in np.setdiff1d(np.arange(len(places)), pieces.doc).tolist():
         reason = SHORT if lengths[doc] < 2 else UNTRAINED if doc in found.doc else OVERLONG
-        account.reject(reason.format(max_length), places[doc])
+        if places[doc] not in kept:  # of a record that was split into rows all are left out
+            account.reject(rows[doc].why or reason.format(max_length), places[doc])
+            kept.add(places[doc])
+    for sentence in encoder.notes():
+        account.note(sentence)
     if not len(pieces):
         raise UserError(
             f"no record is left to train on ({'; '.join(account.lines())})",
@@ -155,7 +175,8 @@ def read_rows(
     for line in [f"formats: {said}", *account.lines(), *pieces.lines(max_length)]:
         talk.say(line)
     laid = Laid(ids, pieces, _rows(pieces, max_length, data.packing), trained)
-    return TalkRows(laid, doc_start, places, account, dict(encoder.formats), max_length)
+    told = dict(encoder.answers), dict(encoder.unwritten)
+    return TalkRows(laid, doc_start, places, account, dict(encoder.formats), max_length, *told)
 
 
 def _wanted(example: Example) -> Example:

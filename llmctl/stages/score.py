@@ -23,10 +23,9 @@ from llmctl.stages.encode import Encoder
 from llmctl.stages.labelled import encoded_labelled
 from llmctl.stages.pairs import Pair, encoded_pairs
 from llmctl.stages.rows import OVERLONG, SHARE, counted, require_data
-from llmctl.stages.text import refuse_mismatch, refuse_swapped_tokenizer, row_length
+from llmctl.stages.text import open_tokenizer, refuse_mismatch, refuse_swapped_tokenizer, row_length
 from llmctl.talk import Talk
 from llmctl.tokenizer.choose import OWN, choose_template
-from llmctl.tokenizer.load import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def run(recipe: ScoreRecipe, talk: Talk) -> dict[str, Any]:
     compute = pick_compute(recipe.device, settings.dtype, "score.dtype")
     use_threads(settings.threads, "score.threads", compute.device, talk)
     config = open_config(recipe.base)  # a broken config.json would look like a broken tokenizer
-    tokenizer = load_tokenizer(recipe.base)
+    tokenizer = open_tokenizer(recipe.base)
     refuse_swapped_tokenizer(tokenizer, recipe.base)
     refuse_mismatch(tokenizer, config.vocab_size, recipe.base)
     model = open_scorer(recipe.base, compute.dtype, compute.device)
@@ -134,7 +133,7 @@ def read_answers(
     records = [
         *([_sides(pair) for pair in encoded_pairs(encoder, kinds.get(Preference, []))]),
         *_labelled(encoder, kinds.get(Labelled, [])),
-        *_single(encoder, kinds.get(object, [])),
+        *_single(encoder, kinds.get(object, []), account),
     ]
     long = {record[0].place for record in records if max(len(one.ids) for one in record) > max_length}
     if len(long) > SHARE * len(records):
@@ -145,6 +144,8 @@ def read_answers(
         )
     for place in sorted(long):
         account.reject(OVERLONG.format(max_length), place)
+    for sentence in encoder.notes():
+        account.note(sentence)
     said = ", ".join(f"{count:,} {name}" for name, count in sorted(encoder.formats.items()))
     for line in [f"formats: {said}", *account.lines()]:
         talk.say(line)
@@ -163,8 +164,11 @@ def _labelled(encoder: Encoder, found: list[Example]) -> Iterable[list[Answer]]:
         yield [Answer(pair.place, pair.prompt_ids + pair.chosen_ids, len(pair.prompt_ids), side)]
 
 
-def _single(encoder: Encoder, found: list[Example]) -> Iterable[list[Answer]]:
+def _single(encoder: Encoder, found: list[Example], account: Account) -> Iterable[list[Answer]]:
     """Conversations up to the end of their last answer, as the answers of a pair end."""
     for row in encoder.rows(found):
+        if not row.spans:
+            account.reject(row.why, row.place)
+            continue
         start, end = row.spans[-1]
         yield [Answer(row.place, row.ids[:end], start)]

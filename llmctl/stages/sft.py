@@ -81,10 +81,12 @@ def run(recipe: SftRecipe, talk: Talk, *, resume: bool = False, dry_run: bool = 
     model = tuned(base, recipe.method, recipe.lora, recipe.train.seed, recipe.train.gradient_checkpointing)
     trained = sum(weight.numel() for weight in model.model.parameters() if weight.requires_grad)
     talk.say(f"training {trained:,} parameters ({recipe.method}) on {base.compute}")
+    model.tell(talk)
     fields = {
         "seed": recipe.train.seed,
         **base.manifest(),
         "base_precision": "nf4" if recipe.method == "qlora" else None,
+        "needs_merging": model.needs_merging,
         "data": _data_fields(recipe, rows, held),
     }
     with Run.start(STAGE, out, saved, resume=resume, **fields) as opened:
@@ -142,7 +144,7 @@ def talk_loss(model: Tuned, base: Base, laid: Laid, recipe: SftRecipe) -> dict[s
         pad_id=pad_id_of(base.tokenizer),
         max_rows=settings.eval_max_rows,
     )
-    figures = score(model.inner, batches, 0.0, frozenset(), base.compute).figures()
+    figures = score(model.inner, batches, 0.0, base.compute).figures()
     return {name: figures[name] for name in ("loss", "perplexity", "tokens")}
 
 

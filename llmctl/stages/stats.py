@@ -37,6 +37,8 @@ def run(recipe: SftRecipe, talk: Talk) -> dict[str, Any]:
             statistics.add(example)
         if lengths is not None:
             lengths.add(batch)
+    for sentence in [] if lengths is None else lengths.encoder.notes():
+        account.note(sentence)
     for line in account.lines():
         talk.say(line)
     report = statistics.report() | {"empty_inputs": empty_inputs(statistics.sources)}
@@ -51,7 +53,8 @@ def _lengths(recipe: SftRecipe, talk: Talk) -> Lengths:
     from llmctl.stages.lengths import Lengths
 
     base = base_of(recipe, talk)
-    return Lengths(Encoder(base.tokenizer, recipe.data.mask_prompt), base.max_length)
+    split = recipe.data.rewritten == "split"
+    return Lengths(Encoder(base.tokenizer, recipe.data.mask_prompt, split), base.max_length)
 
 
 def _with_progress(

@@ -7,21 +7,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.batches import Batches, Laid, eval_batches, split_holdout
 from llmctl.data.packing import Pieces, Rows, cut, pack, text_bytes, unpacked
 from llmctl.data.shards import Encoder, Shards, open_shards
-from llmctl.errors import UserError
+from llmctl.errors import UserError, one_of
 from llmctl.evaluate.perplexity import Score, score
 from llmctl.kernels.device import Compute
+from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM, compile_blocks, recompute_activations
-from llmctl.model.open import open_config
+from llmctl.model.adapter_file import is_adapter
+from llmctl.model.open import base_of, open_config
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.schema import DataSection, TrainSection
 from llmctl.runs import Parent, folder_hash, run_of
 from llmctl.talk import Talk
-from llmctl.tokenizer.load import encode_batch, fingerprint, load_tokenizer
+from llmctl.tokenizer.load import FILES, TOKENIZER, encode_batch, fingerprint, load_tokenizer
 from llmctl.tokenizer.template import template_hash
 
 
@@ -40,6 +43,17 @@ def token_ids(tokenizer: PreTrainedTokenizerFast, stop: list[int]) -> dict[str, 
     }
 
 
+def open_tokenizer(where: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model; of an adapter that was saved without one, its base's.
+
+    Raises UserError as `load_tokenizer`, and as `base_of`.
+    """
+    folder = locate(where, FILES, "tokenizer")
+    if is_adapter(folder) and not (folder / TOKENIZER).is_file():
+        return open_tokenizer(base_of(folder))
+    return load_tokenizer(where)
+
+
 def fitting_tokenizer(where: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a model that is used as it is.
 
@@ -47,7 +61,7 @@ def fitting_tokenizer(where: str) -> PreTrainedTokenizerFast:
     one of the run.
     """
     config = open_config(where)  # first: a broken config.json would look like a broken tokenizer
-    tokenizer = load_tokenizer(where)
+    tokenizer = open_tokenizer(where)
     refuse_mismatch(tokenizer, config.vocab_size, where)
     refuse_swapped_tokenizer(tokenizer, where)
     return tokenizer
@@ -56,10 +70,21 @@ def fitting_tokenizer(where: str) -> PreTrainedTokenizerFast:
 def refuse_mismatch(tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: str) -> None:
     """Raise UserError if the tokenizer can give ids that the model has no row for."""
     needed = highest_id(tokenizer) + 1
-    if needed > vocab_size:
+    if needed > vocab_size and is_adapter(Path(where).expanduser()):
         raise UserError(
-            f"{where}: the tokenizer needs {needed:,} rows, but the model has vocab_size {vocab_size:,}",
-            "use the tokenizer the model was trained with",
+            f"{where}: the tokenizer needs {needed:,} rows, but the base and the adapter have {vocab_size:,}",
+            "save the adapter again with PEFT's save_pretrained(..., save_embedding_layers=True)",
+        )
+    if needed > vocab_size:
+        beyond = [token for token, number in tokenizer.get_vocab().items() if number >= vocab_size]
+        added = tokenizer.get_added_vocab()
+        names = one_of(sorted(beyond, key=added.__getitem__)) if set(beyond) <= added.keys() else None
+        raise UserError(
+            f"{where}: the tokenizer needs {needed:,} rows, but the model has vocab_size {vocab_size:,}"
+            + (f": none for {names}" if names else ""),
+            "take what was added out of the tokenizer's files, or give the model rows for it"
+            if names
+            else "use the tokenizer the model was trained with",
         )
 
 
@@ -128,6 +153,11 @@ class TextRows:
     def laid(self) -> Laid:
         """The rows without where they came from."""
         return Laid(self.shards.ids, self.pieces, self.rows)
+
+    @property
+    def ended(self) -> np.ndarray:
+        """Whether each piece goes to the end of its document, bool [P]."""
+        return self.pieces.start + self.pieces.length == self.shards.doc_start[self.pieces.doc + 1]
 
     def bytes(self, max_rows: int | None = None) -> float:
         """UTF-8 bytes that the labels of the first `max_rows` rows stand for."""
@@ -212,12 +242,6 @@ def pad_id_of(tokenizer: PreTrainedTokenizerFast) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
-def textless_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Tokens that stand for no text: beginning, end and padding. The unknown token stands for some."""
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return frozenset(token for token in ids if token is not None)
-
-
 def score_rows(
     model: LlmctlForCausalLM,
     text: TextRows,
@@ -227,9 +251,9 @@ def score_rows(
     max_rows: int | None = None,
 ) -> Score:
     """Score a model on rows; every document's tokens are predicted from that document alone."""
-    batches = eval_batches(text.laid, batch_size=batch_size, pad_id=pad_id_of(tokenizer), max_rows=max_rows)
-    special = textless_ids(tokenizer)
-    return score(model, batches, text.bytes(max_rows), special, compute)
+    laid = replace(text.laid, ended=None if tokenizer.eos_token_id is None else text.ended)
+    batches = eval_batches(laid, batch_size=batch_size, pad_id=pad_id_of(tokenizer), max_rows=max_rows)
+    return score(model, batches, text.bytes(max_rows), compute)
 
 
 def completion_pairs(

@@ -14,18 +14,27 @@ from transformers import PreTrainedTokenizerFast
 from llmctl.errors import UserError
 from llmctl.kernels.device import Compute, pick_compute
 from llmctl.model import LlmctlForCausalLM, LlmctlForSequenceClassification, recompute_activations
-from llmctl.model.adapters import add_lora, is_adapter, load_adapter_weights, narrow_frozen, save_adapter
+from llmctl.model.adapters import (
+    add_lora,
+    is_adapter,
+    load_adapter_weights,
+    narrow_frozen,
+    refused_elsewhere,
+    save_adapter,
+)
 from llmctl.model.checkpoint import load_weights, save_model
 from llmctl.model.classify import open_or_begin
 from llmctl.model.config import LlmctlConfig
+from llmctl.model.generation import ids_in
 from llmctl.model.hf import LlmctlPreTrainedModel
 from llmctl.model.nf4 import quantize_nf4
-from llmctl.model.open import open_config, open_folded
+from llmctl.model.open import open_config, open_folded, open_generation_config
 from llmctl.model.vocabulary import grow_vocabulary
 from llmctl.recipe.tune import LoraSection, Method
 from llmctl.runs import run_of
 from llmctl.stages.text import (
     highest_id,
+    open_tokenizer,
     pad_id_of,
     parent,
     refuse_mismatch,
@@ -34,7 +43,7 @@ from llmctl.stages.text import (
 )
 from llmctl.talk import Talk
 from llmctl.tokenizer.choose import choose_template, template_tokens
-from llmctl.tokenizer.load import fingerprint, load_tokenizer
+from llmctl.tokenizer.load import fingerprint
 from llmctl.tokenizer.template import stop_ids, template_hash
 
 
@@ -44,6 +53,7 @@ class Base:
 
     Args:
         rows: entries of the vocabulary when trained; more than the base has if the template needs them.
+        ends: tokens that end a generation of the base.
         unseen: special tokens the template writes and the base was never trained on.
         never_seen: those that no stage up to this one will have trained.
     """
@@ -54,15 +64,14 @@ class Base:
     compute: Compute
     max_length: int
     rows: int
+    ends: tuple[int, ...]
     unseen: tuple[int, ...]
     never_seen: list[int]
 
     @property
     def stop_ids(self) -> list[int]:
         """What ends a generation: of the template, and of the base."""
-        listed = self.config.eos_token_id
-        theirs = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
-        return list(dict.fromkeys([*stop_ids(self.tokenizer), *theirs]))
+        return list(dict.fromkeys([*stop_ids(self.tokenizer), *self.ends]))
 
     def manifest(self) -> dict[str, Any]:
         """What a manifest records of the base and of how text becomes ids."""
@@ -91,7 +100,7 @@ def prepare_base(
 
     Says which template is used if the model has none, and which tokens it never saw.
 
-    Raises UserError: no base, or what `load_tokenizer`, `open_config` and `choose_template` raise.
+    Raises UserError: no base, or what `open_tokenizer`, `open_config` and `choose_template` raise.
     """
     if where is None:
         raise UserError("no MODEL to start from", "name a run folder, a Hugging Face folder or a hub id")
@@ -102,7 +111,7 @@ def prepare_base(
         )
     compute = pick_compute(device, dtype)
     config = open_config(where)  # first, because a broken config.json would look like a broken tokenizer
-    tokenizer = load_tokenizer(where)
+    tokenizer = open_tokenizer(where)
     refuse_swapped_tokenizer(tokenizer, where)
     refuse_mismatch(tokenizer, config.vocab_size, where)
     choice = choose_template(tokenizer, template)
@@ -113,9 +122,7 @@ def prepare_base(
             "padding and end token are the same; labels are masked by place, so ends are trained all the same"
         )
     if is_adapter(Path(where).expanduser()):
-        talk.say(
-            f"{where} is an adapter: it is folded into its base; other programs need it merged to open the result"
-        )
+        talk.say(f"{where} is an adapter: it is folded into its base")
     written, never = set(template_tokens(tokenizer)), _never_seen(where, tokenizer)
     unseen = tuple(sorted(written & (never | set(choice.added))))
     if unseen:
@@ -123,7 +130,8 @@ def prepare_base(
         talk.say(f"the base has never seen {names}: their embeddings are trained too")
     rows = max(config.vocab_size, highest_id(tokenizer) + 1)
     length = row_length(max_length, config.max_position_embeddings, "data.max_length")
-    return Base(where, config, tokenizer, compute, length, rows, unseen, sorted(never - written))
+    ends, never_seen = ids_in(open_generation_config(where).eos_token_id), sorted(never - written)
+    return Base(where, config, tokenizer, compute, length, rows, tuple(ends), unseen, never_seen)
 
 
 def _never_seen(where: str, tokenizer: PreTrainedTokenizerFast) -> set[int]:
@@ -149,12 +157,19 @@ class Tuned:
         inner: the model, a language model or one that scores; it computes with the adapter.
         save: writes what was trained, with tokenizer and generation config, into a folder.
         load: reads the trained weights back, in place.
+        needs_merging: why other programs open the result only once it is merged; None where they do.
     """
 
     model: torch.nn.Module
     inner: Any
     save: Callable[[Path], None]
     load: Callable[[Path], None]
+    needs_merging: str | None = None
+
+    def tell(self, talk: Talk) -> None:
+        """Say if other programs will not open what is trained."""
+        if self.needs_merging:
+            talk.say(f"other programs open the result only once merged: {self.needs_merging}")
 
 
 def tuned(
@@ -198,9 +213,16 @@ def tuned(
     # PEFT had to know of the four bits; TRL would cast what is trained to bfloat16 for it
     inner.is_loaded_in_4bit = False
     model.to(base.compute.device)
-    return Tuned(
-        model, inner, partial(_save_adapter, model, base.tokenizer), partial(load_adapter_weights, model)
-    )
+    save, load = partial(_save_adapter, model, base.tokenizer), partial(load_adapter_weights, model)
+    return Tuned(model, inner, save, load, _needs_merging(base, model))
+
+
+def _needs_merging(base: Base, model: Any) -> str | None:
+    if is_adapter(Path(base.where).expanduser()):
+        return "its base is an adapter, and PEFT would put it on the base of that"
+    if base.rows > base.config.vocab_size:
+        return "the base has no rows for the tokens that the template added"
+    return refused_elsewhere(model)
 
 
 def _opened(base: Base, task: str, seed: int) -> LlmctlForCausalLM | LlmctlForSequenceClassification:
@@ -212,11 +234,9 @@ def _opened(base: Base, task: str, seed: int) -> LlmctlForCausalLM | LlmctlForSe
         return scorer
     inner = open_folded(base.where, torch.float32)
     grow_vocabulary(inner, base.rows)
-    theirs = inner.generation_config.eos_token_id
-    stops = [] if theirs is None else [theirs] if isinstance(theirs, int) else list(theirs)
     inner.generation_config.update(
         bos_token_id=base.tokenizer.bos_token_id,
-        eos_token_id=list(dict.fromkeys([*base.stop_ids, *stops])),
+        eos_token_id=base.stop_ids,
         pad_token_id=pad_id_of(base.tokenizer),
     )
     return inner

@@ -9,10 +9,10 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.errors import UserError, nearest, one_of
-from llmctl.tokenizer.jinja import ChatTemplate, variables_of
+from llmctl.tokenizer.jinja import MARK, ChatTemplate, variables_of
 from llmctl.tokenizer.kinds import TURN_END, TURN_START
-from llmctl.tokenizer.render import Message, Renderer
-from llmctl.tokenizer.template import MARK, TEMPLATES
+from llmctl.tokenizer.render import Message, Renderer, RenderError
+from llmctl.tokenizer.template import TEMPLATES
 
 OWN = "auto"
 PLAIN = "alpaca"  # for a model that brings no template: it needs no token the model has not seen
@@ -52,10 +52,16 @@ def choose_template(tokenizer: PreTrainedTokenizerFast, wanted: str) -> Choice:
 
 
 def template_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Ids of the special tokens that the template writes around an ordinary conversation, sorted."""
+    """Ids of the special tokens that the template writes around an ordinary conversation, sorted.
+
+    Empty if it refuses that conversation: of what it makes of a record, the record's place will be told.
+    """
     turns: list[Message] = [{"role": role, "content": MARK} for role in ("user", "assistant")]
-    renderer = Renderer(tokenizer)
-    ids = set(renderer.prompt_ids(turns))
+    renderer = Renderer(tokenizer, strict=False)
+    try:
+        ids = set(renderer.prompt_ids(turns))
+    except RenderError:
+        return []
     return sorted(ids & {token for token, about in tokenizer.added_tokens_decoder.items() if about.special})
 
 

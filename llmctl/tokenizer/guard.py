@@ -1,8 +1,8 @@
-"""Special tokens that a message spells out stay text, while those that the template writes are tokens.
+"""Control tokens that a message spells out stay text, while those that the template writes are tokens.
 
-Before a template is rendered, placeholders take the place of special tokens in the messages. In the rendered
-text both change places: what a message spelled out is written as it was, and the template's own tokens
-as placeholders. A copy of the tokenizer, which knows its special tokens by those placeholders only, encodes it.
+Before a template is rendered, placeholders take the place of control tokens (control.py) in the messages. In the
+rendered text both change places: what a message spelled out is written as it was, and the template's own tokens
+as placeholders. A copy of the tokenizer, which knows its control tokens by those placeholders only, encodes it.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ PLACEHOLDER = re.compile(f"{EDGE}{NONCE}(\\d+){EDGE}")
 
 
 class Guard:
-    """The special tokens of a tokenizer.
+    """The control tokens of a tokenizer.
+
+    Args:
+        control: their texts.
 
     Attributes:
-        spelled: matches a special token.
+        spelled: matches one of them.
     """
 
-    def __init__(self, backend: Tokenizer) -> None:
-        added = backend.get_added_tokens_decoder().values()
-        self._special = sorted((token.content for token in added if token.special), key=len, reverse=True)
+    def __init__(self, backend: Tokenizer, control: Sequence[str]) -> None:
+        self._special = sorted(control, key=len, reverse=True)
         self._number = {text: number for number, text in enumerate(self._special)}
         self._original = backend
         self.spelled = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
         self._either = re.compile(f"{self.spelled.pattern}|{PLACEHOLDER.pattern}")
 
     def needed(self, messages: Sequence[dict[str, Any]], tools: Any) -> bool:
-        """Whether a special token stands in some text of a conversation."""
+        """Whether a control token stands in some text of a conversation."""
         search = self.spelled.search
         for message in messages:
             for value in message.values():
@@ -46,7 +48,7 @@ class Guard:
         return tools is not None and any(map(search, _texts(tools)))
 
     def hidden(self, value: Any) -> Any:
-        """The value with placeholders for special tokens, in keys too."""
+        """The value with placeholders for control tokens, in keys too."""
         if isinstance(value, str):
             return self.spelled.sub(lambda found: self._placeholder(found[0]), value)
         if isinstance(value, dict):
@@ -54,7 +56,7 @@ class Guard:
         return [self.hidden(inner) for inner in value] if isinstance(value, list | tuple) else value
 
     def swapped(self, text: str) -> str:
-        """Placeholders for special tokens, and special tokens for placeholders."""
+        """Placeholders for control tokens, and control tokens for placeholders."""
         return self._either.sub(self._other, text)
 
     def _other(self, found: re.Match[str]) -> str:
@@ -65,7 +67,7 @@ class Guard:
 
     @cached_property
     def backend(self) -> Tokenizer:
-        """The tokenizer with placeholders for the texts of its special tokens; the ids are the same."""
+        """The tokenizer with placeholders for the texts of its control tokens; the ids are the same."""
         rules = json.loads(self._original.to_str())
         rules["post_processor"] = rules["truncation"] = rules["padding"] = None
         for token in rules["added_tokens"]:

@@ -11,9 +11,10 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -25,9 +26,12 @@ from jinja2.utils import Namespace
 NONCE = secrets.token_hex(8)
 BEGIN, END = f"\ue0f5{NONCE}\ue0f5", f"\ue0f6{NONCE}\ue0f6"
 # what running a template may raise: Jinja's own errors, and those of the Python methods it calls
-FAULTS = (TemplateError, TypeError, LookupError, ValueError, ArithmeticError)
+FAULTS = (
+    TemplateError, TypeError, LookupError, ValueError, ArithmeticError, AttributeError, RecursionError,
+)  # fmt: skip
 
 Message = dict[str, Any]
+MARK = "zqmarkqz"  # a word that no template writes of its own accord
 
 
 class ChatTemplate:
@@ -43,7 +47,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, names: Mapping[str, Any]) -> None:
-        template = ENVIRONMENT.from_string(source)
+        template = _compiled(source)
         self.marked = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source))
         self._root, self._blocks = template.root_render_func, template.blocks
         self._shared = {**template.globals, **names, "documents": None}
@@ -180,3 +184,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 ENVIRONMENT = _environment()
+
+
+@lru_cache(maxsize=64)  # the long ones take 50 ms, and several objects look at each
+def _compiled(source: str) -> Template:
+    return ENVIRONMENT.from_string(source)

@@ -10,13 +10,15 @@ from pathlib import Path
 from threading import Lock
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from llmctl.errors import UserError
+from llmctl.files import read_json
 from llmctl.locate import locate
+from llmctl.tokenizer.files import CONFIG, DAMAGED, TOKENIZER, check_files, has_own_code, other_vocabularies
 
-TOKENIZER = "tokenizer.json"
-FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # of a repository on the hub
+MODEL_CONFIG = "config.json"
+FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]  # of a repository on the hub
 
 # Parts of tokenizer.json that a call may change on the way (padding=True); not part of its identity.
 FLEETING = ("truncation", "padding")
@@ -31,12 +33,12 @@ def load_tokenizer(where: str) -> PreTrainedTokenizerFast:
 
     Raises:
         UserError: nothing of that name here or on the hub, the hub cannot be reached, the folder
-            holds no tokenizer.json, or it is damaged.
+            holds no tokenizer, or one of its files is damaged.
     """
     if not where:
         raise UserError("no tokenizer is named", "name a folder with a tokenizer, or a hub id")
     path = locate(where, FILES, "tokenizer")
-    _check_folder(path)
+    check_files(path)
     return _open(path)
 
 
@@ -76,6 +78,12 @@ def encode_with(backend: Tokenizer, texts: list[str], *, special: bool) -> list[
         return [encoded.ids for encoded in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
+def starts_with(backend: Tokenizer, text: str, *, special: bool) -> list[int]:
+    """For each id of a text the character at which it begins; slower than `encode_with`."""
+    with _ALONE, _as_it_is(backend, special):
+        return [start for start, _ in backend.encode(text, add_special_tokens=False).offsets]
+
+
 @contextmanager
 def _as_it_is(backend: Tokenizer, special: bool) -> Iterator[None]:
     """A backend set to cut and pad nothing; afterwards it is as it was."""
@@ -93,45 +101,50 @@ def _as_it_is(backend: Tokenizer, special: bool) -> Iterator[None]:
             backend.enable_padding(**before[2])
 
 
-def _check_folder(path: Path) -> None:
-    file = path / TOKENIZER
-    if not file.is_file():
-        raise UserError(
-            f"{path}: no tokenizer there (no {TOKENIZER})",
-            "make one with `llmctl tokenizer train DATA --out DIR`",
-        )
-    for part in (file, path / "tokenizer_config.json"):
-        if part.is_file():
-            _check_json(part)
-
-
-def _check_json(file: Path) -> None:
-    try:
-        value = json.loads(file.read_bytes())
-    except PermissionError:
-        raise UserError(f"{file}: no permission to read", "ask its owner, or copy the folder") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: line {error.lineno}: not valid JSON", _DAMAGED) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 (byte {error.start})", _DAMAGED) from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: not a JSON object", _DAMAGED)
-
-
-_DAMAGED = "the file is damaged; copy or train the tokenizer again"
-
-
 def _open(path: Path) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        # with False it refuses to run code of the folder's own; left out, it asks on the terminal whether to
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, config=_config(path), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the library raises whatever its parsers raise, plain Exception included
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{path / TOKENIZER}: the tokenizer cannot be read: {first.rstrip('.')}", _DAMAGED
-        ) from error
+        raise _unreadable(path, error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"{path}: has only a slow tokenizer ({type(tokenizer).__name__})",
             f"convert it to {TOKENIZER} first",
         )
     return tokenizer
+
+
+def _config(path: Path) -> PreTrainedConfig | None:
+    """What transformers asks of a model to choose the class of its tokenizer; None where there is no model.
+
+    It would read all of `config.json`, and stumble over what has nothing to do with the tokenizer.
+    """
+    if not (path / MODEL_CONFIG).is_file():
+        return None
+    raw = read_json(path / MODEL_CONFIG)
+    about = {
+        name: raw[name] for name in ("tokenizer_class", "_name_or_path") if isinstance(raw.get(name), str)
+    }
+    kind = raw.get("model_type")
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    return AutoConfig.for_model(kind, **about) if known else PreTrainedConfig(**about)
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    lines = str(error).strip().splitlines()
+    reason = (lines[0] if lines else type(error).__name__).rstrip(".")
+    if has_own_code(path):
+        return UserError(
+            f"{path / CONFIG}: auto_map names code of the tokenizer's own, which is not run",
+            f"open it with transformers, and save it as {TOKENIZER}",
+        )
+    if not (path / TOKENIZER).is_file():
+        name = other_vocabularies(path)[0]
+        return UserError(
+            f"{path}: no {TOKENIZER}, and none can be made of {name}: {reason}",
+            f"open it with transformers where that works, and save it as {TOKENIZER}",
+        )
+    return UserError(f"{path / TOKENIZER}: the tokenizer cannot be read: {reason}", DAMAGED)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from llmctl.tokenizer.load import encode_with
+from llmctl.tokenizer.load import encode_with, starts_with
 
 Span = tuple[int, int]
 KNOWN = 16  # tails that are remembered: a template has one or two
@@ -38,19 +38,28 @@ class Rendered(NamedTuple):
     """A text, and spans [start, end) of it in characters.
 
     Args:
-        guarded: placeholders stand for special tokens (guard.py).
+        guarded: placeholders stand for control tokens (guard.py).
+        turns: for each span the index of the message that it belongs to.
+        left: (reason, index) of answers that are not trained, or not as they should be (answers.py).
     """
 
     text: str
     spans: tuple[Span, ...]
     guarded: bool = False
+    turns: tuple[int, ...] = ()
+    left: tuple[tuple[str, int], ...] = ()
 
 
 class Encoded(NamedTuple):
-    """A text as ids, and spans [start, end) of it in tokens."""
+    """A text as ids, and spans [start, end) of it in tokens.
+
+    Args:
+        joined: spans that lost tokens at an edge, because a token there belongs to what stands beside it too.
+    """
 
     ids: list[int]
     spans: tuple[Span, ...]
+    joined: int = 0
 
 
 class _Tail(NamedTuple):
@@ -95,6 +104,23 @@ class Coder:
                 found[number] = self._encoded(rows[number], texts[number], tails)
         return [one for one in found if one is not None]
 
+    def within(self, one: Rendered, ids: list[int]) -> Encoded:
+        """The spans of a text cut down to the tokens that lie wholly inside them: where `encode` gives a SpanError."""
+        spans, joined = [], 0
+        for begin, end in one.spans:
+            before, after, through = self._ids([one.text[:begin], one.text[begin:], one.text[:end]])
+            first = len(before)
+            if ids[:first] != before:
+                # The tokens that a text ends with are those of its end alone, as far back as both agree: but some
+                # tokenizers put a space before a text, and some leave it out of the place of a token.
+                first = len(ids) - _common(ids[::-1], after[::-1])
+                starts = starts_with(self._backend, one.text, special=self._special)
+                first = max(first, next((at for at, start in enumerate(starts) if start >= begin), len(ids)))
+            last = _common(ids, through)
+            joined += ids[:first] != before or last != len(through)
+            spans.append((first, max(first, last)))
+        return Encoded(ids, tuple(spans), joined)
+
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return encode_with(self._backend, texts, special=self._special)
 
@@ -117,7 +143,7 @@ class Coder:
 
     def _encoded(self, ids: list[int], one: Rendered, tails: dict[str, _Tail]) -> Encoded | SpanError | None:
         """None if a tail is neither known nor among `tails`."""
-        text, spans, _ = one
+        text, spans = one.text, one.spans
         known, length, places = self._known, len(text), []
         at: dict[int, list[int]] = {}  # special token -> its places in ids
         for bound in chain(*spans):
@@ -146,6 +172,13 @@ class Coder:
             places.append(end)
         pairs = iter(places)
         return Encoded(ids, tuple(zip(pairs, pairs, strict=True)))
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two rows begin with together."""
+    return next(
+        (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
 
 
 def _places(ids: list[int], number: int) -> list[int]:

@@ -18,10 +18,17 @@ class TextStream:
     New ids are decoded together with the last ones whose text is out, at first the prompt's, so a word
     piece keeps the space that a tokenizer drops at the beginning of a text. So the work for one id
     does not grow with the text.
+
+    Args:
+        said: special tokens that are text all the same, as `<think>` may be.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt_ids: list[int]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, prompt_ids: list[int], said: frozenset[int] = frozenset()
+    ) -> None:
         self._tokenizer = tokenizer
+        special = {token for token, about in tokenizer.added_tokens_decoder.items() if about.special}
+        self._unsaid = special - said if said else None
         self._before = list(prompt_ids)  # ids whose text is out
         self._length = len(self._decode(self._before))  # characters they decode to
         self._held: list[int] = []  # ids whose text is not
@@ -40,7 +47,7 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """All new text so far, without the prompt and without special tokens."""
+        """All new text so far, without the prompt and without special tokens but those that are said."""
         return "".join(self._out) + self._text_of(self._held)
 
     def _give(self, count: int) -> str:
@@ -59,4 +66,6 @@ class TextStream:
         return self._decode(self._before + ids)[self._length :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        if self._unsaid is None:
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._tokenizer.decode([token for token in ids if token not in self._unsaid])

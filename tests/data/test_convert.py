@@ -16,6 +16,12 @@ Q, A, B = "What is it?", "This.", "That."
 ASKED = [said("human", Q)]
 HH = "\n\nHuman: hi\n\nAssistant: Yes?\n\nHuman: {}\n\nAssistant: {}"
 
+
+def written(arguments: Any, **more: str) -> dict[str, Any]:
+    """A call of `add` with arguments as they stand in the record."""
+    return {**more, "type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
 GOOD: list[tuple[str, dict[str, Any], Any]] = [
     ("alpaca", {"instruction": Q, "output": A}, Conversation([user(Q), assistant(A)])),
     ("alpaca", {"instruction": Q, "input": "", "output": A}, Conversation([user(Q), assistant(A)])),
@@ -68,7 +74,8 @@ GOOD: list[tuple[str, dict[str, Any], Any]] = [
         Conversation(
             [
                 user("ab"),
-                assistant("", {**call("add", x=1), "id": "1"}, call("add")),
+                # null is as good as absent, and arguments stay what they were: the template says what it can read
+                {"role": "assistant", "tool_calls": [written('{"x": 1}', id="1"), written({})]},
                 {**tool("2"), "name": "add", "tool_call_id": "1"},
                 assistant(A),
             ],
@@ -103,7 +110,7 @@ GOOD: list[tuple[str, dict[str, Any], Any]] = [
                 user(Q),
                 assistant("", call("add", x=[1])),
                 tool('{"sum": 1}'),
-                assistant("", call("add"), call("add")),
+                assistant("", written("{}"), written({})),
                 tool("1"),
                 tool("2"),
                 assistant(A),

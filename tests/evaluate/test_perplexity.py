@@ -35,12 +35,14 @@ def test_packed_scores_equal_transformers_one_document_at_a_time(head, tmp_path)
     save_model(model, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     random = np.random.default_rng(0)
-    documents = [np.concatenate([random.integers(3, 31, n), [EOS]]) for n in (5, 19, 2, 30, 11)]
+    # ids 0 to 2 among them: an end token is one by its place
+    documents = [np.concatenate([random.integers(0, 31, n), [EOS]]) for n in (5, 19, 2, 30, 11)]
+    documents[1][3:6] = EOS
     starts = np.concatenate([[0], np.cumsum([len(d) for d in documents])])
     ids = np.concatenate(documents).astype(np.uint16)
     pieces = cut(starts, 40, "split")
-    batches = eval_batches(Laid(ids, pieces, pack(pieces.length, 40)), batch_size=2, pad_id=0)
-    found = score(model, batches, text_bytes=100.0, special_ids=frozenset({EOS}), compute=FLOAT)
+    laid = Laid(ids, pieces, pack(pieces.length, 40), ended=np.ones(len(pieces), dtype=bool))
+    found = score(model, eval_batches(laid, batch_size=2, pad_id=0), text_bytes=100.0, compute=FLOAT)
 
     nats, text_nats, tokens = 0.0, 0.0, 0
     for document in documents:

@@ -109,3 +109,23 @@ def test_a_rule_says_whether_it_copies(name):
 def test_names_without_a_rule_stay():
     steps = to_core(["a.weight", "b.0.c"], (Rename("x.{i}", "y.{i}"),))
     assert [step.core for step in steps] == [("a.weight",), ("b.0.c",)]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rename("a", "b", transpose=True),
+        Split("a", ("b", "c"), sizes=(2, 4)),
+        Split("a", ("b", "c"), dim=1, transpose=True),
+        Unpair("a", "b", head=6, rotary=4),
+    ],
+    ids=repr,
+)
+def test_rows_go_where_the_outputs_of_the_matrix_go(rule: Rule) -> None:
+    """A low-rank update of the matrix on disk is one of the core's: b is cut, a is shared."""
+    a, b = torch.randn(2, 5), torch.randn(6, 2)
+    stored_in_out = getattr(rule, "transpose", False)
+    whole = (b @ a).T if stored_in_out else b @ a
+    for part, rows in zip(rule.load([whole]), rule.split_rows(b), strict=True):
+        torch.testing.assert_close(rows @ a, part)
+    assert torch.equal(rule.join_rows(rule.split_rows(b)), b)

@@ -240,7 +240,7 @@ def test_a_foreign_adapter_of_another_model(made: Path, tmp_path: Path) -> None:
     (made / "run.json").unlink()
     base(tmp_path / "wide", hidden_size=32)
     moved_into_config(made, "wide")
-    with pytest.raises(UserError, match=r"^a: the adapter does not fit this base \(size mismatch for "):
+    with pytest.raises(UserError, match=r"^a: the adapter does not fit this base \(base_model.* has shape "):
         open_model("a")
 
 

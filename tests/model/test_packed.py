@@ -82,7 +82,7 @@ def test_what_reads_the_same_input_is_multiplied_at_once(tmp_path: Path) -> None
     folder = written(tmp_path, "qwen2", SCHEMES["int8"])
     packed = [layer for layer in open_model(folder).modules() if isinstance(layer, PackedLinear)]
     assert len(packed) == 3 * 4  # three blocks: qkv, output, gate and up, down
-    assert paths_of(open_model(folder)) == "12 products: fbgemm int8, each token rounded to 8 bits"
+    assert paths_of(open_model(folder)) == "12 products: fbgemm int8, each token as two rows of 8 bits"
     assert paths_of(open_model(folder, exact=True)) == "21 products: weights written out at each product"
 
 
@@ -170,11 +170,11 @@ def test_damage_is_told(tmp_path: Path, name: str) -> None:
 CONFIGS: dict[str, tuple[Callable[[dict], object], str]] = {
     "another method": (
         lambda c: c.update(quant_method="awq", format="gemm"),
-        "the weights are quantized (awq gemm), and of quantized ones only compressed-tensors pack-quantized is read",
+        "quantization_config: the weights are quantized (awq gemm), and of quantized ones only compressed-tensors pack-quantized is read",
     ),
     "another format": (
         lambda c: c.update(format="int-quantized"),
-        "the weights are quantized (compressed-tensors int-quantized), "
+        "quantization_config: the weights are quantized (compressed-tensors int-quantized), "
         "and of quantized ones only compressed-tensors pack-quantized is read",
     ),
     "five bits": (

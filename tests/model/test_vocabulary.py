@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmctl.model.checkpoint import load_model, save_model
+from llmctl.model.checkpoint import load_model, new_model, save_model
 from llmctl.model.classify import from_language_model
-from llmctl.model.vocabulary import grow_vocabulary
-from tests.model.adapted import ROWS, base, ids, logits
+from llmctl.model.vocabulary import grow_vocabulary, resize_vocabulary, tie, untie
+from tests.model.adapted import ROWS, base, ids, logits, spec
 
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
@@ -81,3 +81,31 @@ def test_a_model_without_an_output_head(tmp_path: Path) -> None:
     grow_vocabulary(scorer, ROWS + 2)
     assert torch.equal(logits(scorer), before)
     assert scorer.model.embed_tokens.weight.shape[0] == ROWS + 2 and scorer.score.weight.shape == (1, 16)
+
+
+def test_tables_apart_and_together() -> None:
+    """A head of its own is saved, and both tables are one again afterwards."""
+    model = new_model(spec(True), seed=0)
+    before = model.state_dict()
+    untie(model)
+    assert (
+        model.lm_head.weight is not model.model.embed_tokens.weight
+        and not model.config.spec.tie_word_embeddings
+    )
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert not model.all_tied_weights_keys and not model.model.spec.tie_word_embeddings
+    tie(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.spec.tie_word_embeddings
+    assert model.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert model.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize("rows", [ROWS - 3, ROWS, ROWS + 3])
+def test_resizing(rows: int) -> None:
+    model = new_model(spec(False), seed=0)
+    tables = [model.model.embed_tokens.weight.clone(), model.lm_head.weight.clone()]
+    resize_vocabulary(model, rows)
+    kept = min(rows, ROWS)
+    for table, old in zip((model.model.embed_tokens.weight, model.lm_head.weight), tables, strict=True):
+        assert table.shape[0] == rows and torch.equal(table[:kept], old[:kept])
+    assert model.config.vocab_size == rows == model.model.spec.vocab_size

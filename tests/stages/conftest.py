@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llmctl.data import tinyworld
+from llmctl.model.checkpoint import load_model, new_model, save_model
 from llmctl.recipe.load import load_recipe
 from llmctl.recipe.schema import PretrainRecipe, SftRecipe, TokenizerRecipe
 from llmctl.stages import pretrain, sft, tokenizer
@@ -175,3 +176,16 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     folder = mounted(tmp_path / "disk", 64)
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def sharp(talking: Path) -> Path:
+    """The folder the program runs in, with `sharp`: a model with opinions, wide enough for groups."""
+    folder = talking / "sharp"
+    shutil.copytree(
+        talking / "base", folder, ignore=shutil.ignore_patterns("run.json", "recipe.yaml", "checkpoints")
+    )
+    sizes = {"hidden_size": 64, "intermediate_size": 112, "head_dim": 32, "initializer_range": 0.15}
+    spec = load_model(folder).config.spec.model_copy(update=sizes)
+    save_model(new_model(spec, 3, bos_token_id=1, eos_token_id=[2, 4]), folder)
+    return talking

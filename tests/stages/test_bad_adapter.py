@@ -76,7 +76,7 @@ MODELS = {
     "an adapter with a hole": Bad(
         "{command} adapter {rest}",
         f"adapter: the adapter does not fit this base (missing: {FIRST})",
-        "use the base it was trained on",
+        "copy the adapter again",
         tensors(lambda found: found.pop(FIRST)),
     ),
     "an adapter with another tokenizer": Bad(
@@ -87,7 +87,7 @@ MODELS = {
     ),
     "a quantized model": Bad(
         "{command} base {rest}",
-        "base/config.json: the weights are quantized (bitsandbytes), and of quantized ones only compressed-tensors pack-quantized is read",
+        "base/config.json: quantization_config: the weights are quantized (bitsandbytes), and of quantized ones only compressed-tensors pack-quantized is read",
         "use the model they were made from, and `llmctl quantize` it",
         quantized,
     ),

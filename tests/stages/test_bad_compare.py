@@ -96,7 +96,7 @@ MERGE = {
     ),
     "a quantized base": Bad(
         "merge adapter --out out --data talks.jsonl",
-        "base/config.json: the weights are quantized (gptq), and of quantized ones only compressed-tensors pack-quantized is read",
+        "base/config.json: quantization_config: the weights are quantized (gptq), and of quantized ones only compressed-tensors pack-quantized is read",
         "use the model they were made from, and `llmctl quantize` it",
         both(foreign, QUANTIZED),
     ),
@@ -194,7 +194,7 @@ COMPARE = {
     ),
     "quantized": Bad(
         "compare adapter base --data talks.jsonl",
-        "base/config.json: the weights are quantized (gptq), and of quantized ones only compressed-tensors pack-quantized is read",
+        "base/config.json: quantization_config: the weights are quantized (gptq), and of quantized ones only compressed-tensors pack-quantized is read",
         "use the model they were made from, and `llmctl quantize` it",
         QUANTIZED,
     ),

@@ -9,7 +9,7 @@ from tests.program import Program
 from tests.stages.bad_input import Bad, Make, cases, check, file, told
 
 FEW = "--model base --template chatml"
-KNOWN = "what can be set is `data.template`, `data.max_length`, `data.text_field`, `data.mask_prompt`"
+KNOWN = "what can be set is `data.template`, `data.max_length`, `data.text_field`, `data.mask_prompt`, `data.rewritten`"
 
 
 def records(name: str, *values: object) -> Make:
@@ -180,23 +180,29 @@ BAD = {
         "a file holds one format: put them in files of their own",
         records("x.jsonl", {"instruction": "a", "output": "b"}, {"text": "c"}),
     ),
-    "tools without a template for them": Bad(
-        "data stats x.jsonl --model base --template alpaca",
-        "x.jsonl:1: the chat template does not write tools",
-        "choose one that does: --template chatml",
-        records(
-            "x.jsonl",
-            {
-                "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-                "tools": [{"name": "f"}],
-            },
-        ),
-    ),
     "an answer that never ends": Bad(
         "data inspect x.jsonl --model base --template x.jinja",
         "x.jsonl:1: an answer ends with `b`, which does not stop generation",
         "the template must end an answer with a special token; choose another with --template",
         files(TALK, LOUD),
+    ),
+    "a template that always raises": Bad(
+        "data inspect x.jsonl --model base --template x.jinja",
+        "x.jsonl:1: the chat template refuses it: no user here (line 2 of the template)",
+        "mend the record, or choose another template with --template",
+        files(
+            TALK,
+            file(
+                "x.jinja",
+                "{% for m in messages %}\n{{ raise_exception('No ' + m.role + ' here.') }}\n{% endfor %}",
+            ),
+        ),
+    ),
+    "a template that calls what is not there": Bad(
+        "data stats x.jsonl --model base --template x.jinja",
+        "x.jsonl:1: the chat template refuses it: 'dict object' has no attribute 'parts' (line 3 of the template)",
+        "mend the record, or choose another template with --template",
+        files(TALK, file("x.jinja", "{% for m in messages %}\n\n{{ m.parts.text() }}\n{% endfor %}")),
     ),
     "no such template": Bad(
         "data inspect x.jsonl --model base --template chatm",

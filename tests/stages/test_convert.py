@@ -52,6 +52,13 @@ def test_another_family_says_the_same(folder, family):
             assert float((opened(x).logits - expected).abs().max()) <= 1e-4
 
 
+def test_named_chat_templates_come_along(folder):
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    out = converted(folder)
+    assert (out / "additional_chat_templates" / "rag.jinja").read_text() == "{{ documents }}"
+
+
 def test_another_precision(folder):
     out = converted(folder, dtype="bfloat16")
     assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {torch.bfloat16}

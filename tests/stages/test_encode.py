@@ -18,8 +18,6 @@ from tests.turns import assistant, call, system, tool, user
 
 TALK = [user("It's old?"), assistant("No."), user("Two  maps?"), assistant("12 maps")]
 HINT = "choose another with --template"
-OTHER = "choose another template with --template, as --template chatml"
-LOST = "the end of the prompt is other tokens once the answer follows it"
 
 
 def example(shape: Shape, line: int = 7, format: str = "messages", column: int = 0) -> Example:
@@ -192,7 +190,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         f"the template must end an answer with a special token; {HINT}",
     ),
     "no end": (
-        TURN + "{{ m.content }}" + REST,
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}",
         "an answer ends with `.`, which does not stop generation",
         f"the template must end an answer with a special token; {HINT}",
     ),
@@ -200,29 +198,6 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "{{ bos_token }}<s>" + TURN + MARKS + REST,
         "the row begins with two BOS tokens",
         "take one of them out of the chat template",
-    ),
-    "one answer marked": (
-        TURN + "{% if loop.last %}" + MARKS + "{% else %}{{ m.content }}</s>{% endif %}" + REST,
-        "the template marks 1 answers, the record has 2",
-        f"mend its {{% generation %}} marks, or {HINT}",
-    ),
-    "other prompt": (
-        TURN + MARKS + REST + "{% if add_generation_prompt %}<think>\n{% endif %}",
-        "the prompt is rendered in another way for training than for inference: "
-        "`No.</s>[INST]Two  maps?[` instead of `<think>\\n`",
-        OTHER,
-    ),
-    "other prompt without marks": (
-        unmarked(TURN + MARKS + REST) + "{% if add_generation_prompt %}<think>\n{% endif %}",
-        "the chat template writes turn 2 in another way once it is part of a conversation",
-        "choose another template with --template, or put {% generation %} marks into this one",
-    ),
-    "joined": (
-        TURN + "{% generation %}{{ m.content }}</s>{% endgeneration %}" + REST.replace(
-            "{% endif %}", "{% endif %}{% if m.role == 'user' %} {% endif %}"
-        ),
-        LOST,
-        "choose a template whose prompt ends with a line break, as --template chatml",
     ),
 }  # fmt: skip
 
@@ -242,6 +217,48 @@ def test_faults_of_a_template_are_told_with_the_place(case):
     assert caught.value.message.startswith(f"talks.jsonl:12:5: {message[:40]}")
 
 
+THINKS = "{% if add_generation_prompt %}<think>\n{% endif %}"
+FORCED_LINE = (
+    "2 answers trained after a prompt that inference does not render: with this chat template no answer of the record "
+    "has another one"
+)
+# template -> what is trained of the talk, and what is said of it
+ACCEPTED: dict[str, tuple[str, list[str], list[str]]] = {
+    "one answer marked": (
+        TURN + "{% if loop.last %}" + MARKS + "{% else %}{{ m.content }}</s>{% endif %}" + REST,
+        ["maps</s>"],
+        ["1 answer not trained: it is outside the `generation` marks of the chat template"],
+    ),
+    "other prompt": (TURN + MARKS + REST + THINKS, ["No.</s>", "maps</s>"], [FORCED_LINE]),
+    "other prompt without marks": (
+        unmarked(TURN + MARKS + REST) + THINKS, ["No.</s>", "maps</s>"], [FORCED_LINE]
+    ),
+    "joined": (
+        TURN + "{% generation %}{{ m.content }}!</s>{% endgeneration %}" + REST.replace(
+            "{% endif %}", "{% endif %}{% if m.role == 'user' %} {% endif %}"
+        ),
+        ["No.!</s>", "!</s>"],
+        ["1 answer trained from its second token on: the first belongs to the end of the prompt too"],
+    ),
+    "ended by the next turn": (
+        TURN + "{{ m.content }}" + REST,
+        ["No.[INST]", "maps"],
+        ["1 answer trained without an end: the chat template writes none that stops generation"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ACCEPTED.values(), ids=[name.replace(" ", "-") for name in ACCEPTED])
+def test_what_transformers_renders_is_trained_as_far_as_it_can_be_and_told(case):
+    template, answers, notes = case
+    talk = [*TALK[:3], assistant("maps")]
+    encoding = encoder(template)
+    row = one(encoding, Conversation(talk))
+    assert row.ids == encoding.tokenizer.apply_chat_template(talk, return_dict=False)
+    assert [encoding.tokenizer.decode(row.ids[start:end]) for start, end in row.spans] == answers
+    assert list(encoding.notes()) == notes
+
+
 def test_a_good_template_passes_where_the_faulty_ones_do_not():
     row = one(encoder(TURN + MARKS + REST), Conversation(TALK))
     assert len(row.spans) == 2
@@ -253,17 +270,18 @@ def test_a_prompt_that_differs_late_in_the_data_is_found(marks):
     odd = TURN + MARKS + REST + "{% if add_generation_prompt and 'odd' in messages[-1].content %}!{% endif %}"
     found = [example(Conversation([user("old"), assistant("a")]), line) for line in range(1, 4 * COMPARED)]
     found.append(example(Conversation([user("odd"), assistant("a")]), 99))
-    with pytest.raises(UserError) as caught:
-        list(encoder(odd if marks else unmarked(odd)).rows(found))
-    assert caught.value.message.startswith("talks.jsonl:99: the ")
+    encoding = encoder(odd if marks else unmarked(odd))
+    assert len(list(encoding.rows(found))) == 4 * COMPARED
+    assert list(encoding.notes()) == [FORCED_LINE.replace("2 answers", "1 answer")]
 
 
 def test_white_space_that_joins_late_in_the_data_is_found():
     late = [example(Conversation([user("old"), assistant(" a")]), line) for line in range(1, 4 * COMPARED)]
     late.append(example(Conversation([user("old"), assistant("\nmaps")]), 99))
-    with pytest.raises(UserError) as caught:
-        list(encoder("default-system").rows(late))
-    assert caught.value.message == f"talks.jsonl:99: {LOST}"
+    encoding = encoder("default-system")
+    *_, last = encoding.rows(late)
+    assert encoding.tokenizer.decode(last.ids[slice(*last.spans[0])]) == "maps<|im_end|>"
+    assert encoding.answers == {"joined": 1}
 
 
 def test_the_ids_of_the_prompt_are_compared_too(monkeypatch):
@@ -294,10 +312,14 @@ def encoder_rows(encoding: Encoder, count: int) -> list[Row]:
 def test_the_first_error_of_the_data_is_told_and_what_comes_before_it_is_given():
     """Though the next batch is rendered before the one before it is checked."""
     good = Conversation([user("a"), assistant("b")])
-    unchecked = Conversation([user("old"), assistant("\nmaps")])  # joins its prompt, which checking finds
+    unchecked = Conversation([user("old"), assistant("")])  # has no answer, which checking finds
     unrendered = Conversation([assistant("a")])  # which rendering finds
     template = (
-        MARKED["default-system"]
+        TURN
+        + "{% if m.content %}"
+        + MARKS
+        + "{% endif %}"
+        + REST
         + "{% if messages[0].role == 'assistant' %}{{ raise_exception('x') }}{% endif %}"
     )
     for first, second, place in ((unchecked, unrendered, BATCH - 1), (good, unrendered, BATCH)):
@@ -344,7 +366,10 @@ def test_the_template_refuses_a_record():
 def test_a_completion_that_joins_its_prompt_is_refused():
     with pytest.raises(UserError) as caught:
         list(Encoder(byte_level()).rows([example(Completion("the old ", "maps"), 3, "prompt-completion")]))
-    assert caught.value.message == f"talks.jsonl:3: {LOST}"
+    assert (
+        caught.value.message
+        == "talks.jsonl:3: the end of the prompt is other tokens once the answer follows it"
+    )
     assert caught.value.hint == "let the answer begin with the white space that the prompt ends with"
 
 

@@ -106,7 +106,7 @@ def test_a_template_that_changes_the_prompt_by_the_answer_is_refused():
         list(encoded_pairs(Encoder(made), [Example(shape, "preference", "x.jsonl", 4)]))
     assert caught.value.message == (
         "x.jsonl:4: the prompt is rendered in another way for training than for inference: "
-        "`!a[/INST]no</s>` instead of `a[/INST]`"
+        "`!a[/INST]n` instead of `a[/INST]`"
     )
 
 

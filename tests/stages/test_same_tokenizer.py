@@ -7,10 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
-from llmctl.stages.text import textless_ids
 from tests.program import Program
 from tests.stages.conftest import TRAIN
 
@@ -133,12 +130,3 @@ def test_resume_of_a_done_run_still_checks_the_recipe(stocked: Path, llmctl: Pro
     (stocked / "mine.yaml").write_text("stage: pretrain\n", encoding="utf-8")
     wrong = llmctl(*TRAIN, "--recipe", "mine.yaml", "--resume", "--out", "tok")
     assert wrong.code == 1 and "error: tok: holds a `tokenizer` run, not `pretrain`\n" in wrong.err
-
-
-def test_unknown_words_count_as_text_in_bits_per_byte() -> None:
-    backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3}, unk_token="<unk>"))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    assert tokenizer.unk_token_id in tokenizer.all_special_ids
-    assert textless_ids(tokenizer) == {0, 1}

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from llmctl.tokenizer.answers import EMPTY, REWRITTEN
 from llmctl.tokenizer.render import Encoded, PlainText, Rendered, Renderer, RenderError
 from llmctl.tokenizer.spans import Coder
 from tests.tokenizer.rendering import (
@@ -46,17 +47,17 @@ LOST = "the end of the prompt is other tokens once the answer follows it"
 @quick
 @given(said=st.lists(spoken, min_size=2, max_size=6))
 def test_ids_are_those_of_transformers_and_marks_equal_increments(kind, template, said):
-    """For ordinary text; a conversation is refused only if an answer's white space joins the prompt's."""
+    """For ordinary text; an answer's white space may join the prompt's."""
     talk = [(user, assistant)[turn % 2](text) for turn, text in enumerate(said[: len(said) // 2 * 2])]
     marked, plain = renderer(kind, template), renderer(kind, template, marks=False)
     rendered = marked.render(talk)
     assert plain.render(talk) == rendered
     one = marked.encode([rendered])[0]
-    if isinstance(one, RenderError):
-        assert template == "default-system" and str(one) == LOST  # the only one that trims nothing
-        return
     assert one == plain.encode([rendered])[0]
     assert one.ids == theirs(marked, talk)
+    if one.joined:
+        assert template == "default-system"  # the only one that trims nothing
+        return
     assert len(one.spans) == len(talk) // 2
     for turn, (start, end) in zip(range(1, len(talk), 2), one.spans, strict=True):
         prompt = marked.prompt_ids(talk[:turn])
@@ -130,8 +131,8 @@ def test_an_error_inside_the_template_is_told_and_not_a_crash(fault):
 
 
 @pytest.mark.parametrize("spread", [1, 40])
-def test_a_token_that_straddles_prompt_and_answer_is_refused(spread):
-    """Whether the prompt's end is near a special token or far from it."""
+def test_a_token_that_straddles_prompt_and_answer_is_not_trained(spread):
+    """Whether the prompt's end is near a special token or far from it; the rest of the answer is."""
     joined = "{% for m in messages %}{{ m.role + ': ' }}" + (
         "{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
         "{% else %}{{ m.content + '\n' }}{% endif %}{% endfor %}"
@@ -139,58 +140,54 @@ def test_a_token_that_straddles_prompt_and_answer_is_refused(spread):
     )
     for kind in ("byte-level", "trimming", "metaspace"):
         rendering = renderer(kind, "{{ bos_token }}" + joined)
-        talks = [[user("a b" * spread), assistant("maps")], [user("a b" * spread), assistant("12")]]
+        talks = [[user("a b" * spread), assistant("maps!")], [user("a b" * spread), assistant("12")]]
         first, second = rendering.encode([rendering.render(talk) for talk in talks])
         # ` maps` is a token, and ` 1` is none: digits stay by themselves
-        assert isinstance(first, RenderError) and str(first) == LOST
-        assert first.hint == "choose a template whose prompt ends with a line break, as --template chatml"
+        assert [one.ids for one in (first, second)] == [theirs(rendering, talk) for talk in talks]
+        (start, end), decode = first.spans[0], rendering.tokenizer.decode
+        straddles = "m" if kind == "metaspace" else "maps"
+        assert first.joined == 1 and decode(first.ids[start:end]) == "maps!</s>".removeprefix(straddles)
+        assert decode(first.ids[:start]).endswith(f"assistant: {straddles}")
         if kind != "metaspace":
             start, end = second.spans[0]
-            assert rendering.tokenizer.decode(second.ids[start:end]) == "12</s>"
+            assert second.joined == 0 and decode(second.ids[start:end]) == "12</s>"
 
 
-def test_a_prompt_that_changes_without_straddling_is_refused():
+def test_a_prompt_that_changes_without_straddling_loses_nothing_of_the_answer():
     """GPT-2's own pattern cuts `\\n\\n` in two before a word, and leaves it whole at the end."""
     tokenizer = byte_level()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.chat_template = MARKED["headers"]
     rendering = Renderer(tokenizer)
     talk = [user("a"), assistant("b")]
-    found = rendering.encode([rendering.render(talk)])[0]
-    assert isinstance(found, RenderError) and str(found) == LOST
-    ids = theirs(rendering, talk)
-    assert theirs(rendering, talk[:1], prompt=True) != ids[: len(theirs(rendering, talk[:1], prompt=True))]
+    found = encoded(rendering, talk)
+    assert found.ids == theirs(rendering, talk) and found.joined == 1
+    assert tokenizer.decode(found.ids[slice(*found.spans[0])]) == "b<|eot_id|>"
+    assert theirs(rendering, talk[:1], prompt=True) != found.ids[: found.spans[0][0]]
 
 
-def test_an_end_that_joins_the_next_turn_is_refused():
+def test_an_end_that_joins_the_next_turn_is_not_trained():
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + ' ' }}"
         "{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
     )
     rendering = renderer("byte-level", template)
-    found = rendering.encode([rendering.render([user("a"), assistant("old"), user("maps")])])[0]
-    assert isinstance(found, RenderError)
-    assert str(found) == "the end of the answer is other tokens once the next turn follows it"
+    found = encoded(rendering, [user("a"), assistant("old"), user("maps")])
+    assert found.joined == 1
+    assert rendering.tokenizer.decode(found.ids[slice(*found.spans[0])]) == "old"
 
 
 @pytest.mark.parametrize("marks", [True, False])
-def test_a_template_that_rewrites_earlier_turns_is_refused_for_many_turns(marks):
+def test_of_a_template_that_rewrites_earlier_turns_the_last_answer_is_trained(marks):
     rendering = renderer("byte-level", REWRITING, marks)
     thought = [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("d")]
     one = encoded(rendering, thought[:2])
     assert rendering.tokenizer.decode(one.ids[one.spans[0][0] :]) == "<think>hm</think>b<|im_end|>\n"
-    with pytest.raises(RenderError) as caught:
-        rendering.render(thought)
-    assert (
-        str(caught.value)
-        == "the chat template writes turn 2 in another way once it is part of a conversation"
-    )
-    assert caught.value.hint.startswith(
-        "choose another template with --template, or put {% generation %} marks"
-    )
-    assert encoded(
-        rendering, [user("a"), assistant("b"), user("c"), assistant("d")]
-    ).ids  # nothing to rewrite
+    rendered = rendering.render(thought)
+    assert (rendered.turns, rendered.left) == ((3,), ((REWRITTEN, 1),))
+    assert encoded(rendering, thought).ids == theirs(rendering, thought)
+    plain = [user("a"), assistant("b"), user("c"), assistant("d")]  # nothing to rewrite
+    assert rendering.render(plain).turns == (1, 3)
 
 
 def test_completions_are_text_and_their_prompt_begins_the_whole():
@@ -224,17 +221,17 @@ def test_tools_and_calls_are_kept(template, marks):
     assert "here" in rendering.tokenizer.decode(one.ids[end : one.spans[1][0]])
 
 
-@pytest.mark.parametrize("template", ["alpaca", "default-system", "instruction", "model-turn"])
-def test_tools_and_calls_that_would_be_lost_are_refused(template):
+@pytest.mark.parametrize("template", ["default-system", "model-turn"])
+def test_tools_and_calls_that_are_lost_are_told_and_such_answers_not_trained(template):
     """`default-system` writes the word markdown, which is not the name of a tool."""
     rendering = renderer("byte-level", template)
-    with pytest.raises(RenderError) as caught:
-        rendering.render(TALK[:2], TOOLS)
-    assert str(caught.value) == "the chat template does not write tools"
-    with pytest.raises(RenderError) as caught:
-        rendering.render(CALLED[:2])
-    assert str(caught.value) == "the chat template does not write tool calls"
-    assert caught.value.hint == "choose one that does: --template chatml"
+    assert encoded(rendering, TALK[:2], TOOLS).ids == theirs(rendering, TALK[:2], TOOLS)
+    assert list(rendering.unwritten(TALK[:2], TOOLS)) == ["tools"]
+    called = [*CALLED[:2], user("and?"), CALLED[3]]
+    rendered = rendering.render(called)
+    assert (rendered.turns, rendered.left) == ((3,), ((EMPTY, 1),))
+    assert list(rendering.unwritten(called, None)) == ["calls of tools"]
+    assert encoded(rendering, called).ids == theirs(rendering, called)
 
 
 # --- the tokenizer itself -------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from llmctl.data.shards import open_shards
 from llmctl.errors import UserError
 from llmctl.recipe.schema import TokenizerKind
-from llmctl.stages.text import encoder_of, textless_ids
+from llmctl.stages.text import encoder_of
 from llmctl.talk import SILENT
 from llmctl.tokenizer.evaluate import evaluate_tokenizer
 from llmctl.tokenizer.kinds import KINDS, SPECIAL_TOKENS, UNKNOWN
@@ -88,7 +88,6 @@ def test_special_tokens_come_first_and_ids_have_no_gap(of_kind, kind):
     assert tokenizer.clean_up_tokenization_spaces is False
     assert tokenizer("Ada")["input_ids"] == [1, *ids_of(tokenizer, "Ada")]
     assert stop_ids(tokenizer) == [2, 4]
-    assert textless_ids(tokenizer) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -88,6 +88,11 @@ DAMAGED = "the file is damaged; copy or train the tokenizer again"
             "{}: no tokenizer there (no tokenizer.json)",
             "make one with `llmctl tokenizer train DATA --out DIR`",
         ),
+        (
+            lambda folder: (folder / "tokenizer.json").rename(folder / "adapter_config.json"),
+            "{}: no tokenizer there (no tokenizer.json)",
+            "an adapter saved without one uses its base's: name that",
+        ),
         (shutil.rmtree, "{}: no such folder", "name a folder with a tokenizer, or a hub id"),
         (write("tokenizer.json", b'{\n"a": }'), "{}/tokenizer.json: line 2: not valid JSON", DAMAGED),
         (write("tokenizer.json", b"[1]"), "{}/tokenizer.json: not a JSON object", DAMAGED),

@@ -91,5 +91,6 @@ ROWS: dict[str, Family] = {
         read=_read,
         write=_write,
         rules=_rules,
+        stacked_experts=True,
     )
 }

@@ -73,6 +73,7 @@ ROWS: dict[str, Family] = {
         write=_write,
         rules=_rules,
         bare="backbone.",
+        unadapted=("out_proj", "conv1d"),  # whose weights some of its kernels read without calling the module
         old={"backbone.embedding.weight": "backbone.embeddings.weight"},
     )
 }

@@ -13,7 +13,7 @@ from llmctl.recipe.experts import SparseExperts
 from llmctl.recipe.model import ModelSection
 
 # of training alone, under our own names where theirs has none: other programs pass over them
-_TRAINING = ("router_z_loss_coef", "bias_update_rate")
+TRAINING = ("router_z_loss_coef", "bias_update_rate")
 
 
 def read_router_losses(config: PreTrainedConfig) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def read_router_losses(config: PreTrainedConfig) -> dict[str, Any]:
         config, "output_router_logits", False
     )  # DeepSeek's config has neither in every version
     balance = getattr(config, "router_aux_loss_coef", 0.0) if balances else 0.0
-    more = {name: getattr(config, name) for name in _TRAINING if getattr(config, name, None) is not None}
+    more = {name: getattr(config, name) for name in TRAINING if getattr(config, name, None) is not None}
     return {"router_aux_loss_coef": float(balance)} | more
 
 
@@ -34,7 +34,7 @@ def write_router_losses(experts: SparseExperts) -> dict[str, Any]:
         "output_router_logits": experts.router_aux_loss_coef > 0,
         **{
             name: getattr(experts, name)
-            for name in _TRAINING
+            for name in TRAINING
             if getattr(experts, name) != getattr(defaults, name)
         },
     }
@@ -144,7 +144,12 @@ _SPEAKS = frozenset({"experts", "pattern", "sliding_window"})
 
 ROWS: dict[str, Family] = {
     "mixtral": Family(
-        "Mixtral", speaks=_SPEAKS, read=_read_mixtral, write=_write_mixtral, rules=_mixtral_rules
+        "Mixtral",
+        speaks=_SPEAKS,
+        read=_read_mixtral,
+        write=_write_mixtral,
+        rules=_mixtral_rules,
+        stacked_experts=True,
     ),
     "qwen3_moe": Family(
         "Qwen3Moe",
@@ -152,5 +157,6 @@ ROWS: dict[str, Family] = {
         speaks=_SPEAKS | {"attention_bias"},
         read=_read_qwen3_moe,
         write=_write_qwen3_moe,
+        stacked_experts=True,
     ),
 }

@@ -70,6 +70,8 @@ class Family:
         bare: what the names of tensors begin with, where some files leave it out: those of the backbone alone.
         old: ends of tensors' names that some files have -> those that are asked for.
         spare: ends of names of tensors that are passed over by a model that has no place for them.
+        stacked_experts: whether the transformers class holds all experts of a layer in two parameters; files do not.
+        unadapted: last words of modules that PEFT refuses to adapt in the transformers class.
         finish: (spec, contents of `config.json`) -> None, the last word on them; raises Inexpressible.
     """
 
@@ -87,6 +89,8 @@ class Family:
     bare: str = "model."
     old: Mapping[str, str] = field(default_factory=dict)
     spare: tuple[str, ...] = ()
+    stacked_experts: bool = False
+    unadapted: tuple[str, ...] = ()
     finish: Callable[[ModelSection, dict[str, Any]], None] = _no_last_word
 
     def class_name(self, ours: str) -> str:
