@@ -11,12 +11,13 @@ NOT_ALONE := timing.py sft_vs_trl.py gptq_error.py busy.py gpu.py
 BENCHMARKS := $(sort $(filter-out $(addprefix benchmarks/,$(NOT_ALONE)),$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint format docs docs-check bench gpu
+.PHONY: help quickstart test test-slow test-real lint format docs docs-check bench gpu
 
 help:
 	@echo "make quickstart   the whole lifecycle on built-in data"
 	@echo "make test         the default test suite"
 	@echo "make test-slow    the long tests"
+	@echo "make test-real    the tests on real models, which come out of packages"
 	@echo "make lint         style, formatting and types"
 	@echo "make format       mend style and formatting"
 	@echo "make docs         write what docs/ has from recipes, commands and chat templates again"
@@ -41,6 +42,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-real: $(READY)
+	$(BIN)/python -m pytest -m real -rs $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

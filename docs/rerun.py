@@ -3,6 +3,7 @@
 python docs/rerun.py --data DIR                     the whole of walkthrough.md, in a fresh folder
 python docs/rerun.py --data DIR --only "closed"     the section with these words in its heading
 python docs/rerun.py --keep --work walk --from "…"  from a section on, in a folder where runs lie already
+python docs/rerun.py --page FILE --data DIR --write another page, whose figures are replaced by those that came out
 
 Every ```console block is run, line by line. Under it the page states figures, in comments that Markdown hides:
 
@@ -11,7 +12,9 @@ Every ```console block is run, line by line. Under it the page states figures, i
     <!-- check: stdout 1.bytes_per_token ≤ 3.7 -->                 JSON: names and indices, joined by dots
     <!-- check: exit = 3 -->                                       the last command's status; 0 if not stated
 
-Without a spread the figure must come out as it is printed. Exit codes: 0 every figure is within its spread,
+Without a spread the figure must come out as it is printed. --write puts what was found in place of what is stated with `=`, in the
+comments and in the text of their sections; bounds, pictures and quotations stay, and the report (JSON) has what each command
+printed. Exit codes: 0 every figure is within its spread,
 1 a command failed or the page cannot be read, 2 wrong flags, 3 a figure is outside.
 """
 
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shlex
@@ -29,6 +33,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +43,7 @@ CHECK = re.compile(
     r"(?P<stated>-?[\d,]*\.?\d+(?:e-?\d+)?)(?P<percent> %)?(?: ± (?P<spread>\d*\.?\d+))? -->"
 )
 NUMBER = re.compile(r"(-?[\d,]*\.?\d+(?:e-?\d+)?)(\s?%)?$")
+PRINTED = 4000  # characters of what a command printed that go into the report
 KEPT = ".rerun"  # in the work folder: what each command printed, by the hash of its words
 
 
@@ -209,6 +215,64 @@ def judged(step: Step, work: Path, printed: str, status: int) -> list[Verdict]:
     return verdicts
 
 
+def printed_as(check: Check, found: float) -> str:
+    """A number found, with the digits in which the page states it."""
+    mantissa, exponent, _ = check.stated.partition("e")
+    decimals, comma = len(mantissa.partition(".")[2]), "" if exponent or abs(found) < 1000 else ","
+    return f"{found:{comma}.{decimals}{'e' if exponent else 'f'}}"
+
+
+def rewritten(text: str, entries: list[dict[str, Any]]) -> str:
+    """The page with the figures that were found, in the checks and wherever their sections print them.
+
+    Raises PageError if a section states two figures by one number, and they are two now.
+    """
+    lines, found_at = text.splitlines(keepends=True), {}
+    for one in (one for entry in entries for one in entry["checks"]):
+        check = Check(**one["check"])
+        found = math.nan if one["found"] is None else one["found"]
+        if math.isfinite(found) and check.relation == "=" and check.source != "exit":
+            found_at[check.line] = check, printed_as(check, found)
+    starts = [at for at, fenced in enumerate(_fenced(lines)) if not fenced and lines[at].startswith("#")]
+    borders = sorted({0, *starts, len(lines)})
+    for first, last in pairwise(borders):
+        new: dict[tuple[str, bool], str] = {}
+        for at in range(first, last):
+            if at + 1 not in found_at:
+                continue
+            check, figure = found_at[at + 1]
+            if new.setdefault((check.stated, check.percent), figure) != figure:
+                raise PageError(f"line {check.line}: two figures of the section are stated as {check.stated}")
+            lines[at] = lines[at].replace(f"= {check.stated}", f"= {figure}", 1)
+        lines[first:last] = _replaced("".join(lines[first:last]), new).splitlines(keepends=True)
+    return "".join(lines)
+
+
+def _fenced(lines: list[str]) -> Iterator[bool]:
+    """For each line whether it is inside a block of code."""
+    inside = False
+    for line in lines:
+        inside ^= line.startswith("```")
+        yield inside
+
+
+def _replaced(section: str, new: dict[tuple[str, bool], str]) -> str:
+    """All numbers of a section's visible text at once, so that none is replaced twice."""
+    if not new:
+        return section
+    pattern = re.compile("|".join(f"({number_pattern(*key)})" for key in new))
+    figures = [figure.replace("-", "−") for figure in new.values()]
+    parts = re.split(r"(```console\n.*?```|<!--.*?-->)", section, flags=re.S)
+    parts[::2] = [pattern.sub(lambda match: figures[match.lastindex - 1], part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def number_pattern(stated: str, percent: bool) -> str:
+    """A regular expression without groups for a number as a text prints it: as a whole, and before its unit if it has one."""
+    after = r"(?= ?%)" if percent else r"(?![\d,.]*\d)(?! ?%)"
+    return rf"(?<![\d.,−]){re.escape(stated.replace('-', '−'))}{after}"
+
+
 # --- commands ---------------------------------------------------------------------------------------
 
 
@@ -270,6 +334,7 @@ def rerun(steps: list[Step], work: Path, environment: dict[str, str], keep: bool
         seconds, printed, status = perform(step, work, environment, keep)
         verdicts = judged(step, work, printed, status)
         entry = {"section": step.section, "command": step.command, "line": step.line, "seconds": seconds}
+        entry["printed"] = printed[-PRINTED:]
         took = "kept" if seconds is None else f"{seconds:.1f} s"
         print(f"{took:>9}  {step.command}")
         for verdict in verdicts:
@@ -295,6 +360,7 @@ def main() -> int:
     words.add_argument("--data", type=Path, help="folder of the data files that the page names")
     words.add_argument("--work", type=Path, help="folder to run in, empty; a temporary one when unset")
     words.add_argument("--llmctl", help="command to run as llmctl; the one on the PATH when unset")
+    words.add_argument("--write", action="store_true", help="put the figures found into the page")
     part = words.add_mutually_exclusive_group()
     part.add_argument("--only", help="words of the one section to run")
     part.add_argument("--from", dest="start", help="words of the section to begin with")
@@ -311,6 +377,9 @@ def main() -> int:
         environment = prepare(work, given.data, given.llmctl, given.keep)
         for entry in rerun(steps, work, environment, given.keep):
             entries.append(entry)  # one at a time: those before a failure are reported too
+        if given.write:
+            page = given.page.read_text(encoding="utf-8")
+            given.page.write_text(rewritten(page, entries), encoding="utf-8")
     except (PageError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         failed = True

@@ -253,12 +253,47 @@ def test_a_part(tmp_path: Path) -> None:
         assert str(caught.value) == there
 
 
+def test_write_puts_what_was_found_into_the_page(tmp_path: Path) -> None:
+    page = PAGE.replace("= 0.5 ±", "= 0.48 ±").replace(
+        "score of 0.5.", "score of 0.48, not 0.481; 12.0 % is wrong."
+    )
+    page = page.replace("= 1,024 -->", "= 9 -->\n<!-- check: stdout score = 11.0 % ± 2 -->")
+    page = page.replace("not 0.481", "not 0.481, in 9 steps, at 11.0 % of them")
+    page += "\nHere 0.48 is another one.\n<!-- check: exit = 0 -->\n"
+    ended = run(tmp_path, page, "--write")
+    assert ended.returncode == 3, ended.stderr
+    written = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "The score of 0.50, not 0.481, in 1,024 steps, at 12.0 % of them; 12.0 % is wrong.\n" in written
+    assert "<!-- check: runs/a score = 0.50 ± 0.01 -->" in written
+    assert "<!-- check: stdout steps = 1,024 -->\n<!-- check: stdout score = 12.0 % ± 2 -->" in written
+    assert "Here 0.48 is another one." in written and "--fast 0.5" in written
+    other = tmp_path / "other"
+    other.mkdir()
+    again = run(other, written, "--write")
+    assert again.returncode == 0 and (other / "page.md").read_text(encoding="utf-8") == written
+    report = json.loads((other / "work" / "rerun.json").read_text(encoding="utf-8"))
+    assert report[1]["printed"] == "score 12.0 %\nsteps 1,024\n"
+
+
+def test_write_refuses_two_figures_by_one_number(tmp_path: Path) -> None:
+    page = "## Part\n```console\nllmctl say a 1 / b 2\n```\nBoth are 3.\n"
+    page += "<!-- check: stdout a = 3 -->\n<!-- check: stdout b = 3 -->\n"
+    ended = run(tmp_path, page, "--write")
+    assert ended.returncode == 1
+    assert "error: line 7: two figures of the section are stated as 3\n" in ended.stderr
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == page
+
+
 # --- the walkthrough --------------------------------------------------------------------------------
 
-WALK = SCRIPT.with_name("walkthrough.md").read_text(encoding="utf-8")
-STEPS = RERUN.parse(WALK)
+PAGES = {
+    name: SCRIPT.with_name(name).read_text(encoding="utf-8")
+    for name in ("walkthrough.md", "walkthrough-real.md")
+}
+STEPS = {name: RERUN.parse(text) for name, text in PAGES.items()}
 LIFECYCLE = ("pretrain", "sft", "reward", "dpo", "merge", "int8", "gptq4")
 TRAINING = ("pretrain", "sft", "reward", "dpo")
+TRAININGS = {"walkthrough.md": 7, "walkthrough-real.md": 2}
 
 
 def sections(text: str) -> dict[str, str]:
@@ -267,44 +302,52 @@ def sections(text: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def test_every_section_states_a_figure() -> None:
-    stated = {step.section for step in STEPS if step.checks}
-    assert {step.section for step in STEPS} == stated
+@pytest.mark.parametrize("page", PAGES)
+def test_every_section_states_a_figure(page: str) -> None:
+    stated = {step.section for step in STEPS[page] if step.checks}
+    assert {step.section for step in STEPS[page]} == stated
 
 
 @pytest.mark.parametrize(
-    "step", [step for step in STEPS if step.checks], ids=lambda step: f"line {step.line}"
+    ("page", "step"),
+    [
+        pytest.param(page, step, id=f"{page} line {step.line}")
+        for page, steps in STEPS.items()
+        for step in steps
+        if step.checks
+    ],
 )
-def test_figures_stand_in_the_text(step: Any) -> None:
+def test_figures_stand_in_the_text(page: str, step: Any) -> None:
     """A checked number is one that the reader sees, in its unit, in the same section."""
-    text = sections(WALK)[step.section]
+    text = sections(PAGES[page])[step.section]
     figures = [check for check in step.checks if check.source != "exit"]
     assert not [f"line {check.line}: {check.stated}" for check in figures if not stands(check, text)]
 
 
 def stands(check: Any, text: str) -> bool:
     """Whether the number of a check is in a text: the whole number, and its unit if it has one."""
-    after = r" ?%" if check.percent else r"(?![\d,.]*\d)"
-    return re.search(rf"(?<![\d.,−]){re.escape(check.stated.replace('-', '−'))}{after}", text) is not None
+    return re.search(RERUN.number_pattern(check.stated, check.percent), text) is not None
 
 
 def test_a_number_stands_in_a_text_as_a_whole() -> None:
     check = RERUN.parse_check("<!-- check: stdout x = 1.76 ± 0.1 -->", 1)
     share = RERUN.parse_check("<!-- check: stdout x = 50 % -->", 1)
     assert stands(check, "it was 1.76.") and stands(check, "| 1.76 |") and stands(share, "| 50 % |")
-    assert not any(stands(check, text) for text in ("1.763", "11.76", "1,1.76", "1.76,5"))
+    assert not any(stands(check, text) for text in ("1.763", "11.76", "1,1.76", "1.76,5", "1.76 %"))
     assert not stands(share, "50 steps") and not stands(share, "0.50 %")
 
 
-def test_every_training_is_repeatable() -> None:
-    trainings = [step.command for step in STEPS if step.command.split()[:2][-1] in TRAINING]
-    assert len(trainings) >= 7
+@pytest.mark.parametrize("page", PAGES)
+def test_every_training_is_repeatable(page: str) -> None:
+    trainings = [step.command for step in STEPS[page] if step.command.split()[:2][-1] in TRAINING]
+    assert len(trainings) >= TRAININGS[page]
     assert not [command for command in trainings if "train.threads=1" not in command]
 
 
-def test_checked_runs_are_made_before() -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_checked_runs_are_made_before(page: str) -> None:
     made: set[str] = set()
-    for step in STEPS:
+    for step in STEPS[page]:
         made.update(re.findall(r"--out (\S+)", step.command))
         if step.command == "llmctl quickstart":
             made.update(f"runs/quickstart/{name}" for name in LIFECYCLE)

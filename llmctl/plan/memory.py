@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmctl.plan.size import total_parameters
+from llmctl.plan.size import parameters, total_parameters
 from llmctl.recipe.model import ModelSection
 
 WEIGHT = GRADIENT = 4  # bytes, float32
@@ -36,6 +36,43 @@ def training_bytes(
         "logits": logits,
         "libraries": LIBRARIES,
     }
+
+
+def adapter_training_bytes(
+    model: ModelSection,
+    whole: dict[str, int],
+    *,
+    trained: int,
+    matrix_bytes: float,
+    compute_bytes: int,
+    trained_rows: bool,
+    on_cpu: bool,
+) -> dict[str, int]:
+    """Peak bytes by part when an adapter is trained on a frozen model.
+
+    Opening is what reading the base needs beyond all other parts: it is read in float32 before its matrices are
+    narrowed, in the memory of the host. For a short row that is the peak.
+
+    Args:
+        whole: `training_bytes` of the same micro-batch.
+        trained: parameters of the adapter.
+        matrix_bytes: bytes a weight of the frozen matrices inside the blocks; tables, norms and the head stay float32.
+        trained_rows: some rows of the head are trained, in a copy of it.
+    """
+    sizes = parameters(model)
+    matrices = sizes["attention"] + sizes["ffn"]
+    rest = sum(sizes.values()) - matrices
+    # the loss multiplies by the head in the precision of the products
+    head = model.vocab_size or 0
+    copied = head * model.hidden_size * compute_bytes if compute_bytes != WEIGHT or trained_rows else 0
+    found = whole | {
+        "weights": round(matrices * matrix_bytes) + rest * WEIGHT + trained * WEIGHT,
+        "gradients": trained * GRADIENT,
+        "optimizer": trained * MOMENTS,
+        "logits": whole["logits"] + copied,
+    }
+    opened = (sum(sizes.values()) + trained) * WEIGHT + whole["libraries"]
+    return found | {"opening": max(0, opened - sum(found.values())) if on_cpu else 0}
 
 
 def checkpoint_bytes(model: ModelSection) -> int:

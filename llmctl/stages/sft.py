@@ -18,7 +18,7 @@ from llmctl.model import LlmctlForCausalLM
 from llmctl.model.adapters import target_names
 from llmctl.model.leaves import leaves
 from llmctl.model.steps import after_step
-from llmctl.plan.memory import training_bytes
+from llmctl.plan.memory import adapter_training_bytes, training_bytes
 from llmctl.plan.size import total_parameters
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.tune import SftRecipe
@@ -35,6 +35,9 @@ from llmctl.train.patience import forget_best
 
 STAGE = "sft"
 SAMPLES = 3  # prompts answered on the way
+NF4_BYTES = (
+    0.5 + 1 / 64 + 4 / (64 * 256)
+)  # a weight of 4 bits, a scale of 8 for every 64, one of 32 for every 256 scales
 
 
 def run(recipe: SftRecipe, talk: Talk, *, resume: bool = False, dry_run: bool = False) -> RunResult:
@@ -195,9 +198,16 @@ def _plan(recipe: SftRecipe, base: Base, rows: TalkRows) -> dict[str, Any]:
         trained = sum(recipe.lora.r * sum(leaf.shape) for leaf in chosen)
         tables = 1 if spec.tie_word_embeddings else 2  # rows of the embedding, and of a head of its own
         trained += tables * len(base.unseen) * spec.hidden_size
-        share = 0.5 + 1 / 16 if recipe.method == "qlora" else base.compute.dtype.itemsize
-        memory |= {"weights": round(whole * share) + 4 * trained}
-        memory |= {"gradients": 4 * trained, "optimizer": 8 * trained}
+        compute_bytes = base.compute.dtype.itemsize
+        memory = adapter_training_bytes(
+            spec,
+            memory,
+            trained=trained,
+            matrix_bytes=NF4_BYTES if recipe.method == "qlora" else compute_bytes,
+            compute_bytes=compute_bytes,
+            trained_rows=bool(base.unseen),
+            on_cpu=base.compute.device.type == "cpu",
+        )
     return {
         "device": str(base.compute),
         "parameters": whole,
