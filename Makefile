@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-# timing.py is what the others share; sft_vs_trl.py, gptq_error.py and busy.py ask for a model; gpu.py has a target of its own
-NOT_ALONE := timing.py sft_vs_trl.py gptq_error.py busy.py gpu.py
+# timing.py is what the others share; gpu.py has a target of its own; the rest of these ask for a model
+NOT_ALONE := timing.py gates.py few_bits.py sft_vs_trl.py gptq_error.py busy.py gpu.py
 BENCHMARKS := $(sort $(filter-out $(addprefix benchmarks/,$(NOT_ALONE)),$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help

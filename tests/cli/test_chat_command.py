@@ -91,6 +91,7 @@ def test_flags_and_fields_reach_the_recipe(piped: Piped, opened: list[Chat]) -> 
         "ignore_eos": True,
         "history": True,
         "dtype": "auto",
+        "threads": "auto",
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Called:
             noted.recipe, noted.words = recipe, words
             return json.loads(json.dumps(result)) if isinstance(result, dict) else result
 
-        return types.SimpleNamespace(run=run, refuse_drift=drift)
+        return types.SimpleNamespace(run=run)
 
     def drift(failed: list[str], a: str, b: str) -> None:
         if failed and noted.failed:
@@ -64,6 +65,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Called:
     found |= {"compare": COMPARED | {"failed": ["too far"]}}
     for name, result in found.items():
         monkeypatch.setattr(stages, name, stage(result), raising=False)
+    gate = types.SimpleNamespace(refuse_drift=drift)
+    monkeypatch.setattr(stages, "gate", gate, raising=False)
+    monkeypatch.setitem(sys.modules, "llmctl.stages.gate", gate)
     return noted
 
 
