@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,10 +21,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llmctl import __version__
 from llmctl.errors import Interrupted, UserError
 from llmctl.files import clear_leftovers, combined_hash, disk_errors, file_hash, write_atomic, write_json
 from llmctl.lock import LOCK, Lock
+from llmctl.versions import versions
 
 MANIFEST = "run.json"
 RECIPE = "recipe.yaml"
@@ -47,6 +46,8 @@ FREE_ON_RESUME = (
     "train.logging_steps",
     "train.save_steps",
     "train.save_total_limit",
+    "compare.threads",
+    "quantize.threads",
 )
 
 
@@ -65,19 +66,6 @@ class Parent:
     role: str
     path: str
     hash: str
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the libraries a result depends on, without importing them."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"llmctl": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "tokenizers", "safetensors", "peft", "trl", "datasets", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def default_out(stage: str) -> Path:
@@ -99,6 +87,11 @@ def check_out(path: Path, resume: bool = False, *, resumable: bool = True) -> No
         raise UserError(f"{path}: is a file, but --out names a folder", "choose another name")
     with disk_errors(path):
         occupied = path.is_dir() and any(path.iterdir())
+    if occupied and not resume and (path / MANIFEST).is_file() and read_manifest(path)["status"] == "refused":
+        raise UserError(
+            f"{path}: holds a result that its own check refused",
+            "add --accept to take it as it is, or choose another --out",
+        )
     if occupied and not resume and not resumable and _died(path):
         raise UserError(
             f"{path}: holds what is left of a run that did not finish", "delete it, or choose another --out"
@@ -194,15 +187,19 @@ def finished_metrics(stage: str, path: Path, recipe_text: str) -> dict[str, Any]
     return dict(manifest.get("metrics", {})) if manifest.get("status") == "done" else None
 
 
-def accept_refused(stage: str, path: Path, recipe_text: str) -> dict[str, Any] | None:
+def accept_refused(stage: str, path: Path, recipe_text: str, **fields: Any) -> dict[str, Any] | None:
     """Take the result of a refused run as it is: its metrics; None if there is no refused run.
 
-    Raises UserError as `finished_metrics`.
+    `fields` are its parents, as in `Run.start`. Raises UserError as that does with `resume`, or if the result changed.
     """
     if not (path / MANIFEST).is_file() or read_manifest(path).get("status") != "refused":
         return None
     manifest = read_manifest(path)
-    _same_recipe(stage, path, manifest, recipe_text)
+    # which base it was is known by its content, not by how its path is written
+    _same_recipe(stage, path, manifest, recipe_text, (*FREE_ON_RESUME, "base"))
+    _same_inputs(path, manifest, fields)
+    if folder_hash(path) != manifest["hash"]:
+        raise UserError(f"{path}: has changed since its check refused it", "make it anew with another --out")
     write_json(path / MANIFEST, manifest | {"status": "done", "accepted": _now()})
     return dict(manifest.get("metrics", {}))
 
@@ -213,7 +210,7 @@ def refuse_refused(folder: Path) -> None:
     if manifest is not None and manifest.get("status") == "refused":
         raise UserError(
             f"{folder}: its own check refused it: {'; '.join(manifest['refused'])}",
-            f"the `llmctl {manifest.get('stage')}` command that made it accepts it with --accept",
+            f"the `llmctl {manifest.get('stage')}` command that made it takes it with --out {folder} --accept",
         )
 
 
@@ -306,15 +303,16 @@ class Run:
         self.manifest |= fields
         self._write()
 
-    def finish(self, metrics: dict[str, Any], refused: Sequence[str] = ()) -> None:
+    def finish(self, metrics: dict[str, Any], refused: Sequence[str] = (), accept: bool = False) -> None:
         """Mark the run done: hash its outputs, store the final metrics.
 
-        `refused` is what the run's own check found wrong: `refuse_refused` stops whoever would use the result.
+        `refused` is what the run's own check found wrong; unless it is accepted, nobody may use the result.
         """
         outputs = output_hashes(self.path)
         self.record(
-            status="refused" if refused else "done",
+            status="refused" if refused and not accept else "done",
             refused=list(refused),
+            accepted=_now() if refused and accept else None,
             finished=_now(),
             outputs=outputs,
             hash=combined_hash(outputs),
@@ -352,7 +350,9 @@ class Run:
             return
 
 
-def _same_recipe(stage: str, path: Path, manifest: dict[str, Any], recipe_text: str) -> None:
+def _same_recipe(
+    stage: str, path: Path, manifest: dict[str, Any], recipe_text: str, free: Sequence[str] = FREE_ON_RESUME
+) -> None:
     import yaml
 
     if manifest.get("stage") != stage:
@@ -364,7 +364,7 @@ def _same_recipe(stage: str, path: Path, manifest: dict[str, Any], recipe_text: 
         return
     old, new = (_flat(yaml.safe_load(text) or {}) for text in (file.read_text(encoding="utf-8"), recipe_text))
     for key in sorted(old.keys() | new.keys()):
-        if key not in FREE_ON_RESUME and old.get(key) != new.get(key):
+        if key not in free and old.get(key) != new.get(key):
             raise UserError(
                 f"{path}: {key} was {old.get(key)!r} when the run began, and is {new.get(key)!r} now",
                 "resume with the same recipe, or start a new run with another --out",

@@ -131,6 +131,7 @@ def load_model(
 def load_config(where: str | Path) -> LlmctlConfig:
     """The config of a model, without its weights. Raises UserError as `load_model` does."""
     folder = locate(str(where), FILES)
+    refuse_refused(folder)
     return tied_in(folder, config_in(folder))
 
 

@@ -187,7 +187,7 @@ WORDS: dict[str, str] = {
     "compare.answers": "prompts that both models answer",
     "compare.max_new_tokens": "tokens of an answer at most",
     "compare.min_top1": "least share of tokens on which both prefer the same next, where rounding does not decide; quantize: by bits",
-    "compare.max_kl": "most nats per token by which the second may diverge from the first; unset: by the noise of rounding, or by bits",
+    "compare.max_kl": "most nats per token by which the second may diverge from the first; unset: by noise, or by bits",
     "compare.speed_tokens": "tokens decoded for each measurement of speed",
     "compare.min_effect": "least nats per token by which an adapter must move its base",
     "compare.dtype": "precision of weights and compute",

@@ -25,6 +25,7 @@ from llmctl.tokenizer.choose import OWN, choose_template
 from llmctl.tokenizer.load import fingerprint
 from llmctl.tokenizer.template import template_hash
 
+FEW_DECIDED = 0.05  # share of decided tokens below which agreement on them proves nothing
 ROW = 512  # tokens in a row where the recipe sets none
 
 
@@ -101,6 +102,10 @@ def held_together(
     made = parity(a, b, batches, compute, rounded=rounded, max_tokens=settings.max_tokens, talk=talk)
     found: dict[str, Any] = made.figures()
     found["rows"] = len(made.row.unique())
+    if found.get("decided", 1.0) < FEW_DECIDED:
+        talk.say(
+            f"rounding alone decides {1 - found['decided']:.0%} of the tokens: agreement says little here"
+        )
     stops = [end_ids(model, tokenizer) for model in (a, b)]
     answers = []
     for prompt, reference in rows.prompts(settings.answers):

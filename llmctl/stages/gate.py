@@ -11,6 +11,7 @@ import torch
 
 from llmctl.errors import CheckFailed
 from llmctl.model.open import stored_dtype
+from llmctl.talk import Talk
 
 ROUNDINGS = 2.0  # how many times what rounding costs a faithful copy may diverge
 FAITHFUL = 1e-4  # nats per token that it may diverge where nothing is rounded
@@ -65,4 +66,10 @@ def refuse_drift(failed: list[str], a: str | Path, b: str | Path, hint: str | No
 
 def kept_hint(out: Path) -> str:
     """What to do with a result that was refused."""
-    return f"it is kept in {out}; the same command with --accept takes it as it is"
+    return f"it is kept; the same command with --out {out} --accept takes it as it is"
+
+
+def say_accepted(failed: list[str], accept: bool, talk: Talk) -> None:
+    """What a check found wrong with a result that is accepted all the same."""
+    if failed and accept:
+        talk.say(f"accepted, though its check refuses it: {'; '.join(failed)}")

@@ -25,7 +25,14 @@ from llmctl.recipe.tune import CompareRows, MergeRecipe
 from llmctl.runs import Run, RunResult, accept_refused, check_out, default_out, run_of
 from llmctl.stages.compare import held_together, shared_rows
 from llmctl.stages.finish import install
-from llmctl.stages.gate import faithful_kl, kept_hint, out_of_bounds, refuse_drift, rounded_dtype
+from llmctl.stages.gate import (
+    faithful_kl,
+    kept_hint,
+    out_of_bounds,
+    refuse_drift,
+    rounded_dtype,
+    say_accepted,
+)
 from llmctl.stages.rows import TalkRows
 from llmctl.stages.text import open_tokenizer, parent
 from llmctl.talk import Talk
@@ -77,7 +84,8 @@ def run(recipe: MergeRecipe, talk: Talk, accept: bool = False) -> RunResult:
     settings = recipe.compare.model_copy(update={} if recipe.compare.data else _data_of(folder))
     recipe = recipe.model_copy(update={"compare": settings})
     text = dump_recipe(recipe.model_copy(update={"out": None}))
-    if accept and (known := accept_refused(STAGE, out, text)) is not None:
+    parents = [parent("model", str(folder))]
+    if accept and (known := accept_refused(STAGE, out, text, parents=parents)) is not None:
         return RunResult(out, known)
     check_out(out, resumable=False)
     compute = pick_compute(recipe.device, settings.dtype, "compare.dtype")
@@ -92,7 +100,7 @@ def run(recipe: MergeRecipe, talk: Talk, accept: bool = False) -> RunResult:
         talk.say("the adapter was trained on a base in NF4: it is folded into that base, written out in full")
     fields = {
         "device": str(compute),
-        "parents": [parent("model", str(folder))],
+        "parents": parents,
         "tokenizer": fingerprint(tokenizer),
         "template": template_hash(tokenizer),
         "stop_ids": stop_ids(tokenizer),
@@ -103,7 +111,8 @@ def run(recipe: MergeRecipe, talk: Talk, accept: bool = False) -> RunResult:
         install(partial(_write_and_prove, job, adapted, tokenizer, found), out)
         answers, failed = found.pop("answers"), found.pop("failed")
         metrics = found | {"effect": effect}
-        opened.finish(metrics, refused=[] if accept else failed)
+        opened.finish(metrics, failed, accept)
+    say_accepted(failed, accept, talk)
     refuse_drift([] if accept else failed, folder, "the merged model", kept_hint(out))
     return RunResult(out, metrics | {"answers": answers})
 

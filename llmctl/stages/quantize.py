@@ -28,10 +28,10 @@ from llmctl.quantize.gptq import Gptq
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.quantize import QuantizeRecipe, QuantizeSection
 from llmctl.recipe.tune import SftData
-from llmctl.runs import Run, RunResult, accept_refused, check_out, default_out, run_of
+from llmctl.runs import Run, RunResult, accept_refused, check_out, default_out, refuse_refused, run_of
 from llmctl.stages.compare import compared_length
 from llmctl.stages.finish import install
-from llmctl.stages.gate import kept_hint, out_of_bounds, refuse_drift
+from llmctl.stages.gate import kept_hint, out_of_bounds, refuse_drift, say_accepted
 from llmctl.stages.receipt import Receipt, card
 from llmctl.stages.rows import TalkRows, read_rows, talk_rows
 from llmctl.stages.text import fitting_tokenizer, pad_id_of, parent
@@ -68,7 +68,8 @@ def run(recipe: QuantizeRecipe, talk: Talk, accept: bool = False) -> RunResult:
         refuse_reshaped(config)
     out = Path(recipe.out) if recipe.out else default_out(STAGE)
     text = dump_recipe(recipe.model_copy(update={"out": None}))
-    if accept and (known := accept_refused(STAGE, out, text)) is not None:
+    parents = [parent("model", recipe.base)]
+    if accept and (known := accept_refused(STAGE, out, text, parents=parents)) is not None:
         return RunResult(out, known | {"answers": []})
     check_out(out, resumable=False)
     _refuse_no_data(recipe)
@@ -90,12 +91,14 @@ def run(recipe: QuantizeRecipe, talk: Talk, accept: bool = False) -> RunResult:
         job = Receipt(folder, recipe, held, tokenizer, talk)
         install(partial(_write_and_measure, job, model, matrices, found), out)
         answers, failed = found.pop("answers"), found.pop("failed")
-        opened.finish(found, refused=[] if accept else failed)
+        opened.finish(found, failed, accept)
+    say_accepted(failed, accept, talk)
     refuse_drift([] if accept else failed, folder, "the quantized model", kept_hint(out))
     return RunResult(out, found | {"answers": answers})
 
 
 def _refuse_quantized(folder: Path) -> None:
+    refuse_refused(folder)
     if not is_adapter(folder) and scheme_in(read_json(folder / "config.json"), str(folder / "config.json")):
         raise UserError(
             f"{folder}: is quantized already; rounding it again would only lose more",

@@ -140,6 +140,7 @@ def card(recipe: QuantizeRecipe, found: Mapping[str, Any]) -> str:
         kl=found["kl"],
         tokens=found["tokens"],
         path=found["path"],
+        failed="".join(f"\n**Its own check refuses it**: {line}.\n" for line in found["failed"]),
     )
 
 
@@ -149,6 +150,7 @@ CARD = """\
 Made from `{base}` by `llmctl quantize --method {method}`: {bits} bits, one scale a {group},
 {bits_per_weight} bits a weight with the scales, in {quantized} layers. In full: the embedding, the norms, and {kept}.
 
+{failed}
 {table}
 
 On {tokens:,} tokens of held-out data the two prefer the same next token at {top1:.2%} of the places, and diverge by

@@ -229,7 +229,7 @@ def drifted(outcome: Outcome, begins: str, prints: bool = True) -> None:
     error, hint = outcome.err.splitlines()[-2:]
     assert error.startswith(f"error: {begins}"), error
     assert "is below 0.99" in error or " nats per token" in error
-    kept = "hint: it is kept in out; the same command with --accept takes it as it is"
+    kept = "hint: it is kept; the same command with --out out --accept takes it as it is"
     allowed = "hint: if that is expected, allow it with compare.min_top1 and compare.max_kl"
     assert hint == (allowed if prints else kept)
     if prints:

@@ -107,26 +107,54 @@ def test_what_is_too_far_away_is_kept_but_refused_until_it_is_accepted(
     assert outcome.code == 3
     assert error.startswith("error: the quantized model is not what sharp is: divergence 0.")
     assert error.endswith(" is above 1e-09 nats per token")
-    assert hint == "hint: it is kept in out; the same command with --accept takes it as it is"
+    assert hint == "hint: it is kept; the same command with --out out --accept takes it as it is"
+    card = (sharp / "out" / "README.md").read_text()
+    assert "**Its own check refuses it**: divergence 0." in card
+    again = llmctl(*words).err.splitlines()[-2:]
+    assert again == [
+        "error: out: holds a result that its own check refused",
+        "hint: add --accept to take it as it is, or choose another --out",
+    ]
+    assert "its own check refused it" in llmctl("sft", "out", "--data", "talks.jsonl", "--dry-run").err
     manifest = read_manifest(sharp / "out")
     assert manifest["status"] == "refused" and manifest["metrics"]["kl"] > 1e-9
     used = llmctl("generate", "out", "Adam lives in")
     assert used.code == 1
     assert used.err.splitlines()[-2:] == [
         f"error: out: its own check refused it: {manifest['refused'][0]}",
-        "hint: the `llmctl quantize` command that made it accepts it with --accept",
+        "hint: the `llmctl quantize` command that made it takes it with --out out --accept",
     ]
     monkeypatch.setattr(quantize, "METHODS", {})  # nothing is done again
     found = did(llmctl(*words, "--json", "--accept"))["metrics"]
     assert found["kl"] == manifest["metrics"]["kl"]
-    assert read_manifest(sharp / "out")["status"] == "done"
+    accepted = read_manifest(sharp / "out")
+    assert accepted["status"] == "done" and accepted["accepted"] and accepted["refused"]
     assert llmctl("generate", "out", "Adam lives in").code == 0
+
+
+def test_what_has_changed_since_it_was_refused_is_not_accepted(sharp: Path, llmctl: Program) -> None:
+    words = ["quantize", "sharp", *TEXT, *QUICK, "compare.min_top1=0", "compare.max_kl=0", "--out", "out"]
+    assert llmctl(*words).code == 3
+    changes = {
+        "out": "error: out: has changed since its check refused it",
+        "sharp": "error: out: the model is not what it was when the run began",
+    }
+    for folder, error in changes.items():
+        config = sharp / folder / "generation_config.json"
+        before = config.read_bytes()
+        config.write_bytes(before + b" ")
+        assert error in llmctl(*words, "--accept").err
+        config.write_bytes(before)
+    assert llmctl("quantize", "./sharp", *words[2:], "--accept", "quantize.threads=1").code == 0
 
 
 def test_a_result_can_be_accepted_before_it_is_made(sharp: Path, llmctl: Program) -> None:
     words = ["quantize", "sharp", *GPTQ, "compare.max_kl=1e-9", "--out", "out", "--json"]
-    did(llmctl(*words, "--accept"))
-    assert read_manifest(sharp / "out")["status"] == "done"
+    outcome = llmctl(*words, "--accept")
+    did(outcome)
+    assert "accepted, though its check refuses it: divergence 0." in outcome.err
+    manifest = read_manifest(sharp / "out")
+    assert manifest["status"] == "done" and manifest["accepted"] and manifest["refused"]
 
 
 def test_a_fault_in_one_layer_is_found_by_what_was_to_be_written(
