@@ -52,7 +52,7 @@ class _Problem:
     """One layer made ready.
 
     Attributes:
-        weight_OI, hessian_II: float32; no zero is on the diagonal of the Hessian.
+        weight_OI, hessian_II: float32, or float64 where the weight was given so; no zero is on the diagonal of the Hessian.
         order: int64 [I], the columns as they are taken.
         factor_II: of the inverse Hessian in that order, see `inverse_factor`, with `damping`.
         scale_OG, zero_OG: of groups of `group` columns as they stand in the matrix.
@@ -85,7 +85,7 @@ def gptq(weight_OI: Tensor, hessian_II: Tensor, settings: Gptq) -> Quantized:
     rounded to nearest: nothing is known of it.
 
     Args:
-        weight_OI: of any floating type.
+        weight_OI: of any floating type; the work is done in float64 if it is of that, else in float32.
         hessian_II: X^T X over the inputs, times any factor.
 
     Raises:
@@ -134,7 +134,7 @@ def gptq_reference(weight_OI: Tensor, hessian_II: Tensor, settings: Gptq) -> Qua
 
 
 def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper triangular U, float32, with U^T U = (H + d · mean(diag H) · 1)^-1; and d.
+    """Upper triangular U, in the type of H, with U^T U = (H + d · mean(diag H) · 1)^-1; and d.
 
     d is `damping`, or ten times as much, as often as it takes.
 
@@ -150,13 +150,14 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, float]:
         lower, failed = torch.linalg.cholesky_ex((hessian + damping * mean * one).flip(0, 1))
         if not failed:
             upper = torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True)
-            return upper.float().to(hessian_II.device), damping
+            return upper.to(hessian_II), damping
         damping *= GROWTH
     raise Singular(f"not positive definite with {MOST_DAMPING:g} times the mean added to its diagonal")
 
 
 def _prepare(weight_OI: Tensor, hessian_II: Tensor, settings: Gptq) -> _Problem:
-    weight, hessian = weight_OI.float(), hessian_II.float().clone()
+    wide = torch.promote_types(weight_OI.dtype, torch.float32)
+    weight, hessian = weight_OI.to(wide), hessian_II.to(wide).clone()
     group = group_size(weight.shape[1], settings.group)
     if not (weight.isfinite().all() and hessian.isfinite().all()):
         raise ValueError("a weight or its Hessian is not finite")

@@ -44,16 +44,20 @@ def same(a: Quantized, b: Quantized) -> float:
     ids=str,
 )
 def test_equals_the_definition(bits: int, group: int | None, symmetric: bool, act_order: bool) -> None:
-    """Codes differ where float32 and float64 fall on two sides of a half, and in what follows from that."""
+    """In float64 to the code. In float32 codes differ where the two fall on two sides of a half, and in what follows
+    from that: at 8 bits, whose steps are 16 times finer than those of 4, on some processors in one of 300."""
     settings = Gptq(bits, group, symmetric, act_order)
     weight, hessian, x = layer(seed=bits)
-    fast, plain = gptq(weight, hessian, settings), gptq_reference(weight, hessian, settings)
+    narrow = gptq(weight, hessian, settings)
+    fast, plain = (solve(weight.double(), hessian, settings) for solve in (gptq, gptq_reference))
     assert fast.bits == bits and fast.group == (group or 256)
     assert torch.equal(fast.scale, plain.scale)
     assert (fast.zero is None) is symmetric
     assert symmetric or torch.equal(fast.zero, plain.zero)
-    assert same(fast, plain) > 0.999
-    assert error(weight, fast, x) == pytest.approx(error(weight, plain, x), rel=1e-3)
+    assert same(fast, plain) > 0.9999
+    assert error(weight, fast, x) == pytest.approx(error(weight, plain, x), rel=1e-4)
+    assert same(narrow, plain) > (0.99 if bits == 8 else 0.999)
+    assert error(weight, narrow, x) == pytest.approx(error(weight, plain, x), rel=1e-2 if bits == 8 else 1e-3)
 
 
 @pytest.mark.parametrize("block", [1, 7, 256, 1000])
