@@ -6,25 +6,20 @@ import torch
 from torch import Tensor
 
 from llmctl.kernels.quantized import Quantized
-from llmctl.quantize.scales import absmax_scale, aligned_scale, codes_of, group_size
+from llmctl.quantize.scales import absmax_scale, codes_of, group_size
 
 
-def absmax(weight_OI: Tensor, bits: int, group: int | None, energy_I: Tensor | None = None) -> Quantized:
+def absmax(weight_OI: Tensor, bits: int, group: int | None) -> Quantized:
     """Every weight to the nearest code, at scales that cut none: |w - q| <= scale/2.
 
     Args:
         weight_OI: of any floating type.
         bits: of a code, 2 to 8.
         group: inputs that share a scale; None gives every output one.
-        energy_I: mean square of every input. With it, and a scale for each output, the scales are as much
-            larger as puts the weights of the strongest inputs nearest to a code (`aligned_scale`).
 
     Raises ValueError if the inputs are no whole groups.
     """
     weight = weight_OI.float().unflatten(1, (-1, group_size(weight_OI.shape[1], group)))
-    if energy_I is not None and weight.shape[1] == 1:
-        scale = aligned_scale(weight.flatten(1), energy_I, bits)
-    else:
-        scale = absmax_scale(weight, bits)
+    scale = absmax_scale(weight, bits)
     codes = codes_of(weight, scale[..., None], 0.0, bits)
     return Quantized(codes.flatten(1).to(torch.int8), scale, None, bits)

@@ -73,31 +73,6 @@ def quantize_blocks(
 
 
 @torch.no_grad()
-def input_energies(model: LlmctlForCausalLM, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Name of a leaf -> mean square of each of its inputs, float32 [I], over the real tokens that came to it.
-
-    Args:
-        batches: as `quantize_blocks`. A leaf that no token came to, an expert, is left out.
-    """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    real = torch.zeros(0, dtype=torch.bool)
-
-    def seen(leaf: Leaf, x: Tensor) -> None:
-        # an expert is given real tokens only, one after the other
-        x_NI = (x[real] if x.dim() == 3 else x).float()
-        sums[leaf.name] = x_NI.square().sum(0) + sums.get(leaf.name, 0)
-        counts[leaf.name] = len(x_NI) + counts.get(leaf.name, 0)
-
-    with _inputs([leaf for leaf in leaves(model) if leaf.kind == "linear"], seen):
-        for batch in batches:
-            moved = {name: value.to(model.device) for name, value in batch.items()}
-            real = moved["attention_mask"].bool()
-            model.model(moved["input_ids"], position_ids=moved["position_ids"])
-    return {name: total / counts[name] for name, total in sums.items() if counts[name]}
-
-
-@torch.no_grad()
 def refuse_not_finite(model: LlmctlForCausalLM, batch: Mapping[str, Tensor]) -> None:
     """Raise UserError with the name of the first leaf that a batch gives a number that is none."""
 

@@ -12,8 +12,6 @@ from llmctl.kernels.quantized import rounded_scale
 
 SHRINKS = 36  # candidates of a scale: the one that cuts nothing, and shares of it down to 0.3
 LEAST = 0.3
-STRONGEST = 32  # inputs whose error is looked at one by one
-GROWTHS, MOST_GROWTH = 256, 1.08  # candidates of an aligned scale
 _TINY = torch.finfo(torch.bfloat16).tiny
 
 
@@ -32,27 +30,6 @@ def group_size(inputs: int, group: int | None) -> int:
 def absmax_scale(weight_OGI: Tensor, bits: int) -> Tensor:
     """Scales [O, G] at which the largest weight of a group [O, G, I/G] gets the greatest code; 1 where all are 0."""
     return _stored(weight_OGI.abs().amax(-1) / code_range(bits)[1])
-
-
-def aligned_scale(weight_OI: Tensor, energy_I: Tensor, bits: int) -> Tensor:
-    """Scales [O, 1], from that of `absmax_scale` to 8 % more, with the least expected error of the output.
-
-    Real models have a few inputs hundreds of times stronger than the rest (of layer 11 of SmolLM2-135M, two of
-    1,536 carry 99.8 % of the energy), and the rounding of their weights is nearly all of the error. The error of a
-    candidate is sum_i energy_i · (w_i - q_i)² over the strongest inputs, and scale²/12 · energy over the others.
-    """
-    strongest = energy_I.topk(min(STRONGEST, len(energy_I))).indices
-    weight, energy = weight_OI[:, strongest], energy_I[strongest]
-    rest = energy_I.sum() - energy.sum()
-    whole = absmax_scale(weight_OI[:, None], bits)
-    best, least = whole, torch.full_like(whole, torch.inf)
-    for growth in torch.linspace(1, MOST_GROWTH, GROWTHS).tolist():
-        scale = whole * growth
-        off = ((weight / scale).round_().mul_(scale).sub_(weight).square_() @ energy)[:, None]
-        error = off + rest * scale.square() / 12
-        best = torch.where(error < least, scale, best)
-        least = torch.minimum(error, least)
-    return best
 
 
 def minmax_scale(weight_OGI: Tensor, bits: int, shrink: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from llmctl.model.checkpoint import FILES, refuse_reshaped, save_quantized
 from llmctl.model.compressed import Scheme, scheme_in
 from llmctl.model.open import open_config, open_folded, stored_dtype
 from llmctl.quantize.absmax import absmax
-from llmctl.quantize.calibrate import input_energies, quantize_blocks, refuse_not_finite
+from llmctl.quantize.calibrate import quantize_blocks, refuse_not_finite
 from llmctl.quantize.gptq import Gptq
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.quantize import QuantizeRecipe, QuantizeSection
@@ -43,7 +43,7 @@ from llmctl.tokenizer.template import stop_ids, template_hash
 STAGE = "quantize"
 HELD_OUT = 0.25  # of the calibration documents, to measure on where nothing else is named
 CALIBRATION_BATCH = 8  # rows in a forward pass
-ENERGY_TOKENS = 4096  # that int8 looks at to place its scales
+INT8_TOKENS = 4096  # of calibration text that 8 bits need: 64,000 bring SmolLM2 from KL 0.0016 to 0.0015 only
 CARD_FILE = "README.md"
 
 
@@ -165,14 +165,23 @@ def _refuse_short(
 ) -> None:
     """With fewer tokens than a layer has inputs there are directions in which GPTQ would know of no error."""
     assert by is not None
-    widest = max(leaf.shape[1] for leaf in leaves(model) if leaf.name in chosen)
-    used = by.laid.rows.first(settings.calibration_rows)
-    tokens = int(by.laid.pieces.length[used.pieces].sum())
+    widest = _widest(model, chosen)
+    tokens = _tokens(by, settings)
     if tokens < widest:
         raise UserError(
             f"the calibration text has {tokens:,} tokens, but the widest layer has {widest:,} inputs",
             "give more text; a hundred times as many tokens is usual",
         )
+
+
+def _widest(model: LlmctlForCausalLM, chosen: list[str]) -> int:
+    return max(leaf.shape[1] for leaf in leaves(model) if leaf.name in chosen)
+
+
+def _tokens(by: TalkRows, settings: QuantizeSection) -> int:
+    """Tokens in the rows that are calibrated on."""
+    used = by.laid.rows.first(settings.calibration_rows)
+    return int(by.laid.pieces.length[used.pieces].sum())
 
 
 def _manifest(
@@ -207,17 +216,27 @@ def _calibration(by: TalkRows, settings: QuantizeSection, pad: int) -> list[dict
 def _int8(
     model: LlmctlForCausalLM, by: TalkRows | None, settings: QuantizeSection, pad: int, talk: Talk
 ) -> dict[str, Quantized]:
+    """By GPTQ on as much of the calibration text as 8 bits need; without text, every weight to the nearest code."""
     assert settings.bits is not None
-    energies: Mapping[str, torch.Tensor] = {}
+    inside = [leaf for leaf in leaves(model) if leaf.kind == "linear"]
     if by is not None:
-        batches = _calibration(by, settings, pad)
-        energies = input_energies(model, batches[: -(-ENERGY_TOKENS // batches[0]["input_ids"].numel())])
+        tokens, widest = _tokens(by, settings), _widest(model, [leaf.name for leaf in inside])
+        if tokens >= widest:
+            rows = by.laid.rows.first(settings.calibration_rows)
+            enough = -(-max(INT8_TOKENS, 2 * widest) * len(rows) // tokens)
+            rows_used = min(enough, settings.calibration_rows)
+            return _gptq(model, by, settings.model_copy(update={"calibration_rows": rows_used}), pad, talk)
+        talk.say(
+            f"the calibration text has {tokens:,} tokens, fewer than the {widest:,} inputs of the widest layer; "
+            "each weight is rounded to the nearest code"
+        )
     found = {}
-    for leaf in leaves(model):
-        if leaf.kind == "linear":
+    with talk.bar("quantizing", len(inside), "layers") as bar:
+        for leaf in inside:
             weight = leaf.module.weight
-            found[leaf.name] = absmax(weight.detach(), settings.bits, settings.group, energies.get(leaf.name))
+            found[leaf.name] = absmax(weight.detach(), settings.bits, settings.group)
             weight.data.copy_(found[leaf.name].dequantize())
+            bar.advance(1)
     return found
 
 

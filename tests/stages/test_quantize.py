@@ -50,6 +50,38 @@ def test_the_receipt_of_int8(sharp: Path, llmctl: Program) -> None:
     assert f"{found['top1']:.2%}" in card and "| perplexity |" in card and found["path"] in card
 
 
+def test_calibration_text_makes_int8_nearer(sharp: Path, llmctl: Program) -> None:
+    """As near as GPTQ at 8 bits, which it is, and nearer than each weight to its nearest code."""
+    held_out = ["--eval-data", "data.jsonl", *LOOSE]
+    kl = {
+        name: did(llmctl("quantize", "sharp", *words, *QUICK, *held_out, "--out", name, "--json"))["metrics"][
+            "kl"
+        ]
+        for name, words in {
+            "nearest": ["--method", "int8"],
+            "int8": ["--method", "int8", "--calibration", "data.jsonl"],
+            "gptq": ["--method", "gptq", "--bits", "8", "--calibration", "data.jsonl"],
+        }.items()
+    }
+    assert kl["int8"] < 0.8 * kl["nearest"]
+    assert kl["int8"] == pytest.approx(kl["gptq"], rel=0.5)
+
+
+def test_int8_says_when_the_calibration_text_is_too_short_to_help(sharp: Path, llmctl: Program) -> None:
+    words = [
+        "--method",
+        "int8",
+        *TEXT,
+        "quantize.calibration_rows=1",
+        "compare.max_length=16",
+        *QUICK,
+        *LOOSE,
+    ]
+    ended = llmctl("quantize", "sharp", *words, "--out", "out")
+    assert ended.code == 0, ended.err
+    assert "tokens, fewer than the 112 inputs of the widest layer; each weight is rounded" in ended.err
+
+
 @pytest.mark.parametrize("bits", ["8", "4", "3"])
 def test_gptq_is_written_as_it_is_measured_and_opens_in_transformers(
     sharp: Path, llmctl: Program, bits: str
