@@ -84,7 +84,7 @@ def read_rows(path: Path, *, numbers: bool = False) -> Rows:
     """The lines of metrics.jsonl or samples.jsonl; none if there is no such file.
 
     Args:
-        numbers: everything in a row must be a number or null, as in metrics.
+        numbers: everything in a row must be a number, as in metrics.
 
     Raises Unreadable for what is not a regular file; a line that cannot be read only counts as damaged.
     """
@@ -117,7 +117,7 @@ def parse_row(line: bytes, *, numbers: bool = False) -> dict[str, Any]:
         raise Unreadable("no step" if step is None else "the step is not a whole number")
     if numbers:
         for name, value in row.items():
-            if value is not None and type(value) not in (int, float):
+            if type(value) not in (int, float):
                 raise Unreadable(f"{name[:40]} is not a number")
     return row
 
