@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -176,18 +177,24 @@ def file_hash(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
 
 
 def known_hash(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """As `file_hash`; a file whose size and time are as they were is read once in a process."""
+    """As `file_hash`; a file whose size and time are as they were is read once in a process.
+
+    Threads that ask for the same file wait for the one that reads it.
+    """
     about = path.stat()
     key = (path.resolve(), about.st_size, about.st_mtime_ns)
-    if key not in _hashes:
-        if len(_hashes) >= 4096:
-            _hashes.clear()
-        _hashes[key] = file_hash(path, on_bytes)
-    elif on_bytes is not None:
-        on_bytes(about.st_size)
-    return _hashes[key]
+    with _asking:
+        reading = _reading.setdefault(key, threading.Lock())
+    with reading:
+        if key not in _hashes:
+            _hashes[key] = file_hash(path, on_bytes)
+        elif on_bytes is not None:
+            on_bytes(about.st_size)
+        return _hashes[key]
 
 
+_asking = threading.Lock()
+_reading: dict[tuple[Path, int, int], threading.Lock] = {}
 _hashes: dict[tuple[Path, int, int], str] = {}
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ def damaged_outputs(
             return f"{file}: {error.strerror or error}"
         return None if whole else f"{file}: damaged: its bytes are not those that the run wrote"
 
+    from concurrent.futures import ThreadPoolExecutor
+
     # as many files as there are processors: hashing lets go of the interpreter
     with ThreadPoolExecutor(max(1, min(len(outputs), os.cpu_count() or 1))) as pool:
         return [line for line in pool.map(look, sorted(outputs)) if line is not None]
@@ -85,21 +87,30 @@ def _as_written(line: str, resolved: Path, folder: Path) -> str:
 
 
 class Check:
-    """`refuse_damaged` while something else goes on: begun by making one, ended by `finish`.
+    """`refuse_damaged` beside something else: begun by making one, ended by `finish`.
 
-    Hashing runs beside the loading of the same files, so it adds little where a second processor is free.
+    Hashing lets go of the interpreter, so it adds little where a second processor is free. What was hashed ahead,
+    while libraries were imported or a tokenizer read, is not hashed again.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self._found = self._pool.submit(refuse_damaged, folder)
+        self._folder = folder
+        self._error: BaseException | None = None
+        # a daemon, so that a command that fails early does not wait for it
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            refuse_damaged(self._folder)
+        except BaseException as error:
+            self._error = error
 
     def finish(self) -> None:
         """Wait for the result. Raises UserError as `refuse_damaged`."""
-        try:
-            self._found.result()
-        finally:
-            self._pool.shutdown(wait=False)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 def verify_run(path: Path, on_bytes: Callable[[int], None] | None = None) -> Verified:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,8 +18,6 @@ LIMIT = 64 << 20  # bytes of a file that is read whole
 LINE_LIMIT = 16 << 20  # bytes of a line
 DEPTH = 100  # of lists and objects within each other
 NUMBERS = (-(2**63), 2**64 - 1)  # what 64 bits hold, with or without a sign
-
-LONG = re.compile(r"\d{19}")  # fewer digits always fit
 
 
 class Unreadable(ValueError):
@@ -52,9 +49,7 @@ def parse_json(text: str, *, wide: bool = False) -> Any:
     `wide` lets numbers have 100 digits: transformers writes 10^30 for "no limit" into its files.
     """
     try:
-        # looking at each number costs more than parsing; a float may have that many digits as well
-        long = LONG.search(text) is not None
-        value = json.loads(text, parse_int=_wide if wide else _integer) if long else json.loads(text)
+        value = json.loads(text, parse_int=_wide if wide else _integer)
     except json.JSONDecodeError as error:
         raise Unreadable(f"not valid JSON ({error})") from None
     except RecursionError:

@@ -47,7 +47,7 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
         {"inspect": data.inspect, "stats": data.stats},
     ),
     "runs": (
-        "See, check, rename and delete the runs there are, and what each was made from.",
+        "See, check and tidy the runs there are, and their origins.",
         {
             "list": runs.list_runs,
             "show": runs.show,

@@ -155,6 +155,18 @@ def one_model(plain: list[str]) -> str | None:
     return plain[0] if plain else None
 
 
+def read_ahead(*models: str | None) -> None:
+    """Begin to hold the files of models against their hashes, while the stage is being imported, which takes seconds.
+
+    What is wrong is told where the model is opened; this only reads it sooner.
+    """
+    from llmctl.intact import Check
+
+    for where in models:
+        if where is not None and Path(where).expanduser().is_dir():
+            Check(Path(where))
+
+
 def saved_recipe(out: str | None, overrides: list[str]) -> str | None:
     """The recipe a run to be resumed was started with, if its folder holds one."""
     from llmctl.runs import RECIPE

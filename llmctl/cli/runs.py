@@ -180,7 +180,7 @@ def _origin(path: Path, root: Path, seen: tuple[str, ...] = ()) -> dict[str, Any
     if made is None:
         return node  # a folder that llmctl did not make: its story begins here
     try:
-        manifest = read_manifest(made)
+        manifest = read_manifest(path if path.resolve() == made else made)
     except UserError as error:
         return node | {"damaged": [error.message]}
     node |= {"stage": manifest.get("stage"), "hash": manifest.get("hash")}

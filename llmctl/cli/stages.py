@@ -22,6 +22,7 @@ from llmctl.cli.options import (
     given,
     one_model,
     out_of,
+    read_ahead,
     saved_recipe,
     split_words,
 )
@@ -66,6 +67,7 @@ def pretrain(
     checked = load_recipe(PretrainRecipe, recipe, flags, overrides)
     if resume and checked.out is None:
         raise UsageError("--resume does not say which run to go on with", "name its folder with --out DIR")
+    read_ahead(checked.base, checked.tokenizer)
     from llmctl.stages import pretrain as stage
 
     result = stage.run(checked, make_talk(), resume=resume, resume_with=resume_with, dry_run=dry_run)
@@ -111,6 +113,7 @@ def generate(
             f"the prompt is not UTF-8 text (character {error.start + 1})", "convert it to UTF-8"
         ) from None
     checked = load_recipe(GenerateRecipe, recipe, given(ctx, "generate") | {"base": model}, overrides)
+    read_ahead(checked.base)
     from llmctl.stages import generate as stage
 
     talk = make_talk()
@@ -149,6 +152,7 @@ def evaluate(
     checked = load_recipe(EvalRecipe, recipe, flags, overrides)
     if checked.base is None:
         raise UsageError("missing argument MODEL", "name a run folder, a Hugging Face folder or a hub id")
+    read_ahead(checked.base)
     from llmctl.stages import evaluate as stage
 
     result = stage.run(checked, make_talk())

@@ -17,6 +17,7 @@ from llmctl.cli.options import (
     given,
     one_model,
     out_of,
+    read_ahead,
     saved_recipe,
     split_words,
 )
@@ -244,6 +245,7 @@ def compare(
             "missing arguments A and B" if not plain else "missing argument B",
             f"two models are compared: {MODEL}",
         )
+    read_ahead(settled.base, settled.other)
     from llmctl.stages import compare as stage
     from llmctl.stages.gate import refuse_drift
 
@@ -272,6 +274,7 @@ def checked(
         raise UsageError("--resume does not say which run to go on with", "name its folder with --out DIR")
     if found.base is None:
         raise UsageError("missing argument MODEL", MODEL)
+    read_ahead(found.base)
     return found
 
 
