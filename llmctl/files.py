@@ -9,13 +9,16 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from llmctl.errors import UserError
+from llmctl.reading import Unreadable, parse_json, read_bytes
 
 CHUNK = 1 << 20
+LARGEST_JSON = 1 << 30  # bytes of one of a model's own files, such as tokenizer.json
 # what the errors of tokenizers, safetensors and torch say when there is no room left
 FULL_DISK = ("No space left", "os error 28", "PytorchStreamWriter failed", "unexpected pos")
 
@@ -72,7 +75,8 @@ def write_atomic(path: Path, data: bytes | str, elsewhere: str = "choose another
 
     `elsewhere` is as in `disk_errors`.
     """
-    raw = data.encode() if isinstance(data, str) else data
+    # what a path that is not UTF-8 holds (lone surrogates) is written as JSON would escape it
+    raw = data.encode(errors="backslashreplace") if isinstance(data, str) else data
     with disk_errors(path, elsewhere):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}-")
@@ -82,12 +86,35 @@ def write_atomic(path: Path, data: bytes | str, elsewhere: str = "choose another
                 file.write(raw)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, 0o666 & ~umask())
             os.replace(temporary, path)
             sync_folder(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def umask() -> int:
+    """The bits of a mode that new files of this process do not get."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            return next(int(line.split()[1], 8) for line in status if line.startswith("Umask:"))
+    except (OSError, StopIteration, ValueError):
+        mask = os.umask(0o077)  # there is no other way to ask; other threads see it for a moment
+        os.umask(mask)
+        return mask
+
+
+def _share(folder: Path) -> None:
+    """Give a folder and all in it the modes they would have if they had been made plainly.
+
+    `mkdtemp` and the writer of safetensors keep what they make to the user alone.
+    """
+    mask = umask()
+    os.chmod(folder, 0o777 & ~mask)
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -120,7 +147,7 @@ def folder_atomic(path: Path, elsewhere: str = "choose another folder with --out
         temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".tmp-{path.name}-"))
         try:
             yield temporary
-            os.chmod(temporary, 0o755)
+            _share(temporary)
             for file in temporary.rglob("*"):
                 if file.is_file():
                     sync_file(file)
@@ -149,6 +176,28 @@ def file_hash(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
+def known_hash(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """As `file_hash`; a file whose size and time are as they were is read once in a process.
+
+    Threads that ask for the same file wait for the one that reads it.
+    """
+    about = path.stat()
+    key = (path.resolve(), about.st_size, about.st_mtime_ns)
+    with _asking:
+        reading = _reading.setdefault(key, threading.Lock())
+    with reading:
+        if key not in _hashes:
+            _hashes[key] = file_hash(path, on_bytes)
+        elif on_bytes is not None:
+            on_bytes(about.st_size)
+        return _hashes[key]
+
+
+_asking = threading.Lock()
+_reading: dict[tuple[Path, int, int], threading.Lock] = {}
+_hashes: dict[tuple[Path, int, int], str] = {}
+
+
 def combined_hash(hashes: dict[str, str]) -> str:
     """One hash over a set of named hashes, independent of their order."""
     lines = "".join(f"{name} {value}\n" for name, value in sorted(hashes.items()))
@@ -156,21 +205,22 @@ def combined_hash(hashes: dict[str, str]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError if the file is missing, not JSON or not an object."""
+    """A JSON object. Raises UserError if the file is missing, not a regular file, not JSON or not an object."""
+    again = "copy or download the model again"
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark before it
+        text = read_bytes(path, LARGEST_JSON).decode("utf-8-sig")  # some editors put a mark before it
+        value = parse_json(text, wide=True)
     except FileNotFoundError:
         raise UserError(
             f"{path.parent}: not a model folder (no {path.name})", "see `llmctl runs list`"
         ) from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, not a file", "copy or download the model again") from None
-    except PermissionError:
-        raise UserError(f"{path}: no permission to read", "ask its owner, or copy the folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})", "copy or download the model again") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply", "copy or download the model again") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error})", again) from None
+    except Unreadable as error:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, not a file", again) from None
+        hint = "ask its owner, or copy the folder" if "permission" in str(error) else again
+        raise UserError(f"{path}: {error}", hint) from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object", "copy or download the model again")
+        raise UserError(f"{path}: not a JSON object", again)
     return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from llmctl.checkpoints import choose_checkpoint
 from llmctl.errors import UserError
 
 HUB_SECONDS = 10  # how long to wait for the hub's first word
@@ -15,6 +16,8 @@ RepoType = Literal["model", "dataset"]
 def locate(where: str, files: list[str], what: str = "model") -> Path:
     """The local folder that `where` names. What exists on this machine is never looked for on the hub.
 
+    `RUN@STEP`, `RUN@best` and `RUN@last` name a checkpoint of a run (`checkpoints.choose_checkpoint`).
+
     Args:
         files: globs of what is downloaded from the hub, if it comes to that.
         what: what the folder should hold, for the messages: "model", "tokenizer".
@@ -22,6 +25,7 @@ def locate(where: str, files: list[str], what: str = "model") -> Path:
     Raises UserError: no such folder, a file where a folder belongs, or a hub that cannot be reached,
     does not know the name or asks for a login.
     """
+    where = choose_checkpoint(where)
     path = Path(where).expanduser()
     if path.is_dir():
         return path

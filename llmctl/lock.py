@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llmctl.errors import UserError
 from llmctl.files import disk_errors, write_atomic
+from llmctl.reading import read_value
 
 LOCK = "run.lock"
 
@@ -48,7 +49,7 @@ class Lock:
         A process on another host cannot be looked up, so it counts as alive.
         """
         try:
-            owner = json.loads(self.file.read_text())
+            owner = read_value(self.file)
             pid, host, started = int(owner["pid"]), str(owner["host"]), owner["started"]
         except (OSError, ValueError, KeyError, TypeError):
             return None  # no lock, or its process was killed between creating and writing it

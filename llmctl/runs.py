@@ -10,45 +10,47 @@ live one.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from llmctl.checkpoints import step_of
 from llmctl.errors import Interrupted, UserError
-from llmctl.files import clear_leftovers, combined_hash, disk_errors, file_hash, write_atomic, write_json
+from llmctl.files import clear_leftovers, combined_hash, disk_errors, known_hash, write_atomic, write_json
+from llmctl.intact import newest_sound
 from llmctl.lock import LOCK, Lock
+from llmctl.manifest import (
+    CHECKPOINTS,
+    FORMAT,
+    MANIFEST,
+    METRICS,
+    RECIPE,
+    SAMPLES,
+    has_manifest,
+    read_manifest,
+    run_of,
+)
+from llmctl.reading import Unreadable, read_text
+from llmctl.resume import (
+    FREE_ON_RESUME,
+    Differences,
+    recipe_differences,
+    record_of,
+    refuse_differences,
+    refuse_other_inputs,
+)
 from llmctl.versions import versions
 
-MANIFEST = "run.json"
-RECIPE = "recipe.yaml"
-METRICS = "metrics.jsonl"
-SAMPLES = "samples.jsonl"
-CHECKPOINTS = "checkpoints"
 RUNS = Path("runs")
 
 # Files whose bytes are the run's result; together they give the run its hash.
 OUTPUT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 NOT_OUTPUT = (MANIFEST, METRICS, "diverged.json")
-
-# Fields that may differ between the run and its resumption: they say where and how, not what, to compute.
-# (Another device or thread count may round differently.)
-FREE_ON_RESUME = (
-    "out",
-    "device",
-    "train.threads",
-    "train.logging_steps",
-    "train.save_steps",
-    "train.save_total_limit",
-    "compare.threads",
-    "quantize.threads",
-)
 
 
 @dataclass
@@ -87,7 +89,7 @@ def check_out(path: Path, resume: bool = False, *, resumable: bool = True) -> No
         raise UserError(f"{path}: is a file, but --out names a folder", "choose another name")
     with disk_errors(path):
         occupied = path.is_dir() and any(path.iterdir())
-    if occupied and not resume and (path / MANIFEST).is_file() and read_manifest(path)["status"] == "refused":
+    if occupied and not resume and has_manifest(path) and read_manifest(path).get("status") == "refused":
         raise UserError(
             f"{path}: holds a result that its own check refused",
             "add --accept to take it as it is, or choose another --out",
@@ -112,7 +114,7 @@ def check_out(path: Path, resume: bool = False, *, resumable: bool = True) -> No
 
 def _died(path: Path) -> bool:
     """Whether a folder holds a run that ended without a result."""
-    if not (path / MANIFEST).is_file():
+    if not has_manifest(path):
         return False
     manifest = read_manifest(path)
     return status_of(path, manifest) in ("failed", "interrupted", "crashed") and not output_hashes(path)
@@ -124,33 +126,10 @@ def _began_as_run(path: Path) -> bool:
     return MANIFEST in names or names <= {LOCK, RECIPE}
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a run folder. Raises UserError if there is none or it is not JSON."""
-    file = path / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not a run folder (no {MANIFEST})", "see `llmctl runs list`") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(
-            f"{file}: not valid JSON", "the manifest was damaged; the weights may still load"
-        ) from None
-    if not isinstance(manifest, dict):
-        raise UserError(f"{file}: not a manifest", "the manifest was damaged; the weights may still load")
-    return manifest
-
-
-def run_of(path: Path) -> dict[str, Any] | None:
-    """The manifest of the run that a folder is, or is a checkpoint of; None if it is neither."""
-    path = path.expanduser().resolve()
-    run = path.parent.parent if path.parent.name == CHECKPOINTS else path
-    return read_manifest(run) if (run / MANIFEST).is_file() else None
-
-
 def output_hashes(path: Path) -> dict[str, str]:
     """SHA-256 of every result file directly in a model, tokenizer or run folder."""
     return {
-        file.name: _known_hash(file, *_stamp(file))
+        file.name: known_hash(file)
         for file in sorted(path.iterdir())
         if file.is_file()
         and file.suffix in OUTPUT_SUFFIXES
@@ -159,32 +138,25 @@ def output_hashes(path: Path) -> dict[str, str]:
     }
 
 
-@lru_cache(maxsize=1024)
-def _known_hash(file: Path, size: int, changed: int) -> str:
-    """The hash of a file in this state: a base is asked for several times in a command."""
-    return file_hash(file)
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    about = file.stat()
-    return about.st_size, about.st_mtime_ns
-
-
 def folder_hash(path: Path) -> str:
     """The identity of a folder by content: two copies in different places have the same."""
     return combined_hash(output_hashes(path))
 
 
-def finished_metrics(stage: str, path: Path, recipe_text: str) -> dict[str, Any] | None:
+def finished_metrics(
+    stage: str, path: Path, recipe_text: str, *, resume_with: bool = False
+) -> dict[str, Any] | None:
     """The metrics of a run that is done; None if there is no run or it is not done.
 
-    Raises UserError if it is the run of another stage, or was made by another recipe.
+    Raises UserError if it is the run of another stage, or was made by another recipe, unless the run goes on
+    and `resume_with` takes what differs.
     """
-    if not (path / MANIFEST).is_file():
+    if not has_manifest(path):
         return None
     manifest = read_manifest(path)
-    _same_recipe(stage, path, manifest, recipe_text)
-    return dict(manifest.get("metrics", {})) if manifest.get("status") == "done" else None
+    done = manifest.get("status") == "done"
+    refuse_differences(path, _differences(stage, path, manifest, recipe_text), done, resume_with)
+    return dict(manifest.get("metrics") or {}) if done else None
 
 
 def accept_refused(stage: str, path: Path, recipe_text: str, **fields: Any) -> dict[str, Any] | None:
@@ -192,16 +164,17 @@ def accept_refused(stage: str, path: Path, recipe_text: str, **fields: Any) -> d
 
     `fields` are its parents, as in `Run.start`. Raises UserError as that does with `resume`, or if the result changed.
     """
-    if not (path / MANIFEST).is_file() or read_manifest(path).get("status") != "refused":
+    if not has_manifest(path) or read_manifest(path).get("status") != "refused":
         return None
     manifest = read_manifest(path)
     # which base it was is known by its content, not by how its path is written
-    _same_recipe(stage, path, manifest, recipe_text, (*FREE_ON_RESUME, "base"))
-    _same_inputs(path, manifest, fields)
+    found = _differences(stage, path, manifest, recipe_text, (*FREE_ON_RESUME, "base"))
+    refuse_differences(path, found, done=True, taken=False)
+    refuse_other_inputs(path, manifest, fields)
     if folder_hash(path) != manifest["hash"]:
         raise UserError(f"{path}: has changed since its check refused it", "make it anew with another --out")
     write_json(path / MANIFEST, manifest | {"status": "done", "accepted": _now()})
-    return dict(manifest.get("metrics", {}))
+    return dict(manifest.get("metrics") or {})
 
 
 def refuse_refused(folder: Path) -> None:
@@ -209,38 +182,55 @@ def refuse_refused(folder: Path) -> None:
     manifest = run_of(folder)
     if manifest is not None and manifest.get("status") == "refused":
         raise UserError(
-            f"{folder}: its own check refused it: {'; '.join(manifest['refused'])}",
+            f"{folder}: its own check refused it: {'; '.join(manifest.get('refused') or [])}",
             f"the `llmctl {manifest.get('stage')}` command that made it takes it with --out {folder} --accept",
         )
 
 
 def find_runs(root: Path = RUNS) -> Iterator[Path]:
-    """Every run folder under `root`, at any depth, in order of name. Checkpoints are not runs."""
+    """Every run folder under `root`, at any depth, in order of name. Checkpoints are not runs.
+
+    A folder counts by having a manifest, whatever that is; links to folders are not followed.
+    """
     if not root.is_dir():
         return
     for folder, names, files in os.walk(root):
-        names[:] = sorted(n for n in names if n != CHECKPOINTS and not n.startswith("."))
-        if MANIFEST in files:
+        if MANIFEST in files or MANIFEST in names:
             yield Path(folder)
+        names[:] = sorted(n for n in names if n not in (CHECKPOINTS, MANIFEST) and not n.startswith("."))
 
 
 def find_parent(parent: dict[str, Any], root: Path = RUNS) -> Path | None:
     """Where a parent lies now: at its recorded path if the content still matches, else found by hash."""
     path = Path(parent["path"])
-    if path.is_dir() and _hash_of(path) == parent["hash"]:
+    if path.is_dir() and content_hash(path) == parent["hash"]:
         return path
-    return next((run for run in find_runs(root) if _hash_of(run) == parent["hash"]), None)
+    return find_by_hash(parent["hash"], path, root)
 
 
-def _hash_of(path: Path) -> str | None:
-    if (path / MANIFEST).is_file():
+def find_by_hash(digest: str, was: Path, root: Path = RUNS) -> Path | None:
+    """The run under `root` with this hash, or, if `was` is a checkpoint, the checkpoint of that name in a run there."""
+    of_checkpoint = was.parent.name == CHECKPOINTS
+    for run in find_runs(root):
+        place = run / CHECKPOINTS / was.name if of_checkpoint else run
+        if place.is_dir() and content_hash(place) == digest:
+            return place
+    return None
+
+
+def content_hash(path: Path) -> str | None:
+    """The hash that a run's manifest records, without reading the files; else that of the files. None if unreadable."""
+    if has_manifest(path):
         try:
             recorded = read_manifest(path).get("hash")
         except UserError:
             recorded = None
         if recorded:
             return str(recorded)
-    return folder_hash(path)
+    try:
+        return folder_hash(path)
+    except OSError:
+        return None
 
 
 def status_of(path: Path, manifest: dict[str, Any]) -> str:
@@ -262,11 +252,21 @@ class Run:
         self._lock = lock
 
     @classmethod
-    def start(cls, stage: str, path: Path, recipe_text: str, *, resume: bool = False, **fields: Any) -> Run:
+    def start(
+        cls,
+        stage: str,
+        path: Path,
+        recipe_text: str,
+        *,
+        resume: bool = False,
+        resume_with: bool = False,
+        **fields: Any,
+    ) -> Run:
         """Make the folder (or reopen it with `resume`) and write manifest and resolved recipe.
 
         Args:
             recipe_text: the resolved recipe as YAML, from `dump_recipe`.
+            resume_with: a recipe and data that differ are taken, and written down in the manifest.
             fields: further manifest entries, such as parents, device, seed.
 
         Raises:
@@ -278,14 +278,18 @@ class Run:
         lock.acquire()
         try:
             clear_leftovers(path)
-            manifest: dict[str, Any] = {"format": 1, "stage": stage, "created": _now()}
-            if resume and (path / MANIFEST).is_file():
+            manifest: dict[str, Any] = {"stage": stage, "created": _now()}
+            if resume and has_manifest(path):
                 manifest = read_manifest(path)
-                _same_recipe(stage, path, manifest, recipe_text)
-                _same_inputs(path, manifest, fields)
-                manifest["resumed"] = [*manifest.get("resumed", []), _now()]
+                changes = _differences(stage, path, manifest, recipe_text)
+                refuse_differences(path, changes, manifest.get("status") == "done", resume_with)
+                changes |= refuse_other_inputs(path, manifest, fields, resume_with)
+                manifest["resumed"] = [*(manifest.get("resumed") or []), _now()]
+                _note_changes(manifest, changes, path)
             manifest |= {
+                "format": FORMAT,
                 "status": "running",
+                "recipe": record_of(recipe_text),
                 "versions": versions(),
                 "command": " ".join(sys.argv[1:]),
                 **fields,
@@ -350,51 +354,46 @@ class Run:
             return
 
 
-def _same_recipe(
+def _differences(
     stage: str, path: Path, manifest: dict[str, Any], recipe_text: str, free: Sequence[str] = FREE_ON_RESUME
-) -> None:
-    import yaml
-
+) -> Differences:
     if manifest.get("stage") != stage:
         raise UserError(
             f"{path}: holds a `{manifest.get('stage')}` run, not `{stage}`", "choose another --out"
         )
-    file = path / RECIPE
-    if not file.is_file():
+    recorded = None
+    if manifest.get("recipe") is None:  # of format 1
+        try:
+            recorded = read_text(path / RECIPE)
+        except FileNotFoundError:
+            recorded = None
+        except Unreadable as error:
+            raise UserError(f"{path / RECIPE}: {error}", "start a new run with another --out") from None
+    return recipe_differences(path, manifest, recorded, recipe_text, content_hash, free)
+
+
+def _note_changes(manifest: dict[str, Any], changes: Differences, path: Path) -> None:
+    """Write down what `--resume-with` changed, when, and at which step."""
+    if not changes:
         return
-    old, new = (_flat(yaml.safe_load(text) or {}) for text in (file.read_text(encoding="utf-8"), recipe_text))
-    for key in sorted(old.keys() | new.keys()):
-        if key not in free and old.get(key) != new.get(key):
-            raise UserError(
-                f"{path}: {key} was {old.get(key)!r} when the run began, and is {new.get(key)!r} now",
-                "resume with the same recipe, or start a new run with another --out",
-            )
-
-
-def _same_inputs(path: Path, manifest: dict[str, Any], fields: dict[str, Any]) -> None:
-    for name, was in _inputs(manifest).items():
-        if _inputs(fields).get(name, was) != was:
-            raise UserError(
-                f"{path}: the {name} is not what it was when the run began",
-                "put it back, or start a new run with another --out",
-            )
-
-
-def _inputs(entries: dict[str, Any]) -> dict[str, str]:
-    """What a run is made from, by content: parents by role, data by use."""
-    found = {parent["role"]: parent["hash"] for parent in entries.get("parents", [])}
-    uses = entries.get("data", {}).items()
-    known = {use: about for use, about in uses if isinstance(about, dict) and "fingerprint" in about}
-    return found | {f"{use} data": about["fingerprint"] for use, about in known.items()}
-
-
-def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{above}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
+    found, _ = newest_sound(path)
+    note = {
+        "time": _now(),
+        "step": 0 if found is None else step_of(found),
+        "fields": {name: {"was": was, "is": now} for name, (was, now) in changes.items()},
+    }
+    manifest["recipe_changes"] = [*(manifest.get("recipe_changes") or []), note]
 
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+# fmt: off
+__all__ = [  # what belongs to a run folder is imported from here, wherever it is defined
+    "CHECKPOINTS", "FREE_ON_RESUME", "MANIFEST", "METRICS", "RECIPE", "RUNS", "SAMPLES",
+    "Parent", "Run", "RunResult", "accept_refused", "check_out", "content_hash", "default_out",
+    "find_by_hash", "find_parent", "find_runs", "finished_metrics", "folder_hash", "has_manifest",
+    "output_hashes", "read_manifest", "refuse_refused", "run_of", "status_of",
+]
+# fmt: on

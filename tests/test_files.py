@@ -29,6 +29,27 @@ def test_write_atomic_makes_folders_and_replaces(tmp_path: Path) -> None:
     assert "ä" in path.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_the_umask_decides_the_modes(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        assert files.umask() == mask
+        files.write_atomic(tmp_path / "a", "1")
+        with files.folder_atomic(tmp_path / "f") as folder:
+            (folder / "sub").mkdir(mode=0o700)
+            (folder / "sub" / "weights").touch(mode=0o600)  # as the writer of safetensors makes it
+            os.chmod(folder / "sub", 0o700)
+    finally:
+        os.umask(before)
+    for name, plain in (("a", 0o666), ("f", 0o777), ("f/sub", 0o777), ("f/sub/weights", 0o666)):
+        assert (tmp_path / name).stat().st_mode & 0o777 == plain & ~mask
+
+
+def test_a_path_that_is_not_utf8_is_written_and_read_back(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a.json", {"command": "pretrain \udcff"})
+    assert files.read_json(tmp_path / "a.json") == {"command": "pretrain \udcff"}
+
+
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_write_atomic_keeps_the_old_file_when_it_fails(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -244,7 +244,8 @@ def test_resume_keeps_when_it_was_made(tmp_path: Path) -> None:
             "pretrain",
             RECIPE.replace("seed: 1", "seed: 2"),
             "train.seed was 1 when the run began, and is 2 now",
-            "resume with the same recipe, or start a new run with another --out",
+            "resume with the same recipe, add --resume-with to go on with the new values, "
+            "or start a new run with another --out",
         ),
         (
             "pretrain",
@@ -307,7 +308,11 @@ def test_a_parent_is_found_by_content(tmp_path: Path) -> None:
     ("text", "message"),
     [
         (None, "{path}: not a run folder (no run.json)"),
-        ("{", "{path}/run.json: not valid JSON"),
+        (
+            "{",
+            "{path}/run.json: not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 "
+            "(char 1))",
+        ),
         ("[]", "{path}/run.json: not a manifest"),
     ],
 )

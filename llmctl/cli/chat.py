@@ -13,7 +13,7 @@ import typer
 
 from llmctl.cli.answers import answer_for
 from llmctl.cli.boundary import report
-from llmctl.cli.options import RecipeFile, Words, flag, given, split_words
+from llmctl.cli.options import RecipeFile, Words, flag, given, read_ahead, split_words
 from llmctl.cli.output import can_draw
 from llmctl.cli.slash import ALIASES, COMMANDS, Leave, obey
 from llmctl.cli.turns import Keyboard, Pipe, Turn, next_turn
@@ -70,6 +70,7 @@ def converse(recipe: ChatRecipe, as_json: bool = False) -> None:
     to try again. Raises KeyboardInterrupt for Ctrl-C twice, or once where a pipe asks.
     """
     typed, notes = sys.stdin.isatty(), _Notes()
+    read_ahead(recipe.base)
     with _opening(str(recipe.base), typed):
         from llmctl.stages import chat as stage
 

@@ -25,10 +25,12 @@ from llmctl.cli import (
     quantize,
     quickstart,
     recipe,
+    run_folders,
     runs,
     stages,
     tokenizer,
     tune,
+    watch,
 )
 from llmctl.cli.boundary import guard
 
@@ -45,8 +47,16 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
         {"inspect": data.inspect, "stats": data.stats},
     ),
     "runs": (
-        "See the runs there are, and what each was made from.",
-        {"list": runs.list_runs, "show": runs.show, "lineage": runs.lineage},
+        "See, check and tidy the runs there are, and their origins.",
+        {
+            "list": runs.list_runs,
+            "show": runs.show,
+            "watch": watch.watch,
+            "lineage": runs.lineage,
+            "verify": run_folders.verify,
+            "rename": run_folders.rename,
+            "rm": run_folders.remove,
+        },
     ),
     "recipe": (
         "See, explain and check recipes.",

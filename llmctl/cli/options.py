@@ -94,10 +94,28 @@ def flag(stage: str, name: str, metavar: str | None = None, *, many: bool = Fals
 def given(ctx: typer.Context, stage: str) -> dict[str, Any]:
     """Recipe field -> what its flag was set to, None where it was not given."""
     values = {field: ctx.params[name] for name, field in FLAGS[stage].items()}
+    if "out" in values:
+        values["out"] = out_of(ctx)
     return {
         field: list(value) or None if isinstance(value, (list, tuple)) else value
         for field, value in values.items()
     }
+
+
+def out_of(ctx: typer.Context) -> str | None:
+    """The folder that --out or --name gives. Raises UsageError for both, and for a name that is a path."""
+    from llmctl.runs import RUNS
+
+    out, name = ctx.params.get("out"), ctx.params.get("name")
+    if name is None:
+        return out
+    if out is not None or any(re.match(r"out=", word) for word in ctx.params.get("words") or []):
+        raise UsageError("--name and --out exclude each other", f"--name NAME is short for --out {RUNS}/NAME")
+    if not name or "/" in name or name.startswith((".", "-")):
+        raise UsageError(
+            f"--name: `{name}` is not a plain name", f"use --out for a path; a name lies in {RUNS}/"
+        )
+    return str(RUNS / name)
 
 
 # Positional words are told apart by `split_words`, so Typer shows only their names.
@@ -107,6 +125,14 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", hidd
 
 RecipeFile = Annotated[
     str | None, typer.Option("--recipe", metavar="FILE", help="recipe file, or the name of a shipped one")
+]
+Name = Annotated[
+    str | None, typer.Option("--name", metavar="NAME", help="run folder by name: short for --out runs/NAME")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with the run in --out")]
+ResumeWith = Annotated[
+    bool,
+    typer.Option("--resume-with", help="go on with it and take what differs from the recipe it began with"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 
@@ -127,6 +153,18 @@ def one_model(plain: list[str]) -> str | None:
             "one MODEL at most; repeat --data for each file, or quote a pattern: --data '*.txt'",
         )
     return plain[0] if plain else None
+
+
+def read_ahead(*models: str | None) -> None:
+    """Begin to hold the files of models against their hashes, while the stage is being imported, which takes seconds.
+
+    What is wrong is told where the model is opened; this only reads it sooner.
+    """
+    from llmctl.intact import Check
+
+    for where in models:
+        if where is not None and Path(where).expanduser().is_dir():
+            Check(Path(where))
 
 
 def saved_recipe(out: str | None, overrides: list[str]) -> str | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmctl.cli.options import AsJson, RecipeFile, Words, flag
+from llmctl.cli.options import AsJson, Name, RecipeFile, Words, flag
 from llmctl.cli.output import figure, print_json, print_listing, print_table, size
 from llmctl.cli.progress import make_talk
 from llmctl.cli.tune import Accept, checked, show_answers
@@ -30,6 +30,7 @@ def quantize(
     calibration: Annotated[list[str] | None, flag("quantize", "calibration", "PATH", many=True)] = None,
     eval_data: Annotated[list[str] | None, flag("quantize", "eval_data", "PATH", many=True)] = None,
     out: Annotated[str | None, flag("quantize", "out", "DIR")] = None,
+    name: Name = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("quantize", "device", "NAME")] = None,
     accept: Accept = False,

@@ -12,12 +12,17 @@ import typer
 
 from llmctl.cli.options import (
     AsJson,
+    Name,
     Overrides,
     RecipeFile,
+    Resume,
+    ResumeWith,
     Words,
     flag,
     given,
     one_model,
+    out_of,
+    read_ahead,
     saved_recipe,
     split_words,
 )
@@ -33,12 +38,14 @@ def pretrain(
     data: Annotated[list[str] | None, flag("pretrain", "data", "PATH", many=True)] = None,
     eval_data: Annotated[list[str] | None, flag("pretrain", "eval_data", "PATH", many=True)] = None,
     out: Annotated[str | None, flag("pretrain", "out", "DIR")] = None,
+    name: Name = None,
     recipe: RecipeFile = None,
     max_steps: Annotated[int | None, flag("pretrain", "max_steps", "N")] = None,
     seed: Annotated[int | None, flag("pretrain", "seed", "N")] = None,
     device: Annotated[str | None, flag("pretrain", "device", "NAME")] = None,
     dtype: Annotated[str | None, flag("pretrain", "dtype", "NAME")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    resume: Resume = False,
+    resume_with: ResumeWith = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -53,15 +60,17 @@ def pretrain(
     from llmctl.recipe.schema import PretrainRecipe
 
     plain, overrides = split_words(words)
+    resume = resume or resume_with
     if resume and recipe is None:
-        recipe = saved_recipe(out, overrides)
+        recipe = saved_recipe(out_of(ctx), overrides)
     flags = given(ctx, "pretrain") | {"base": one_model(plain)}
     checked = load_recipe(PretrainRecipe, recipe, flags, overrides)
     if resume and checked.out is None:
         raise UsageError("--resume does not say which run to go on with", "name its folder with --out DIR")
+    read_ahead(checked.base, checked.tokenizer)
     from llmctl.stages import pretrain as stage
 
-    result = stage.run(checked, make_talk(), resume=resume, dry_run=dry_run)
+    result = stage.run(checked, make_talk(), resume=resume, resume_with=resume_with, dry_run=dry_run)
     if dry_run:
         (print_json if as_json else print_listing)(result.metrics)
     elif as_json:
@@ -104,6 +113,7 @@ def generate(
             f"the prompt is not UTF-8 text (character {error.start + 1})", "convert it to UTF-8"
         ) from None
     checked = load_recipe(GenerateRecipe, recipe, given(ctx, "generate") | {"base": model}, overrides)
+    read_ahead(checked.base)
     from llmctl.stages import generate as stage
 
     talk = make_talk()
@@ -142,6 +152,7 @@ def evaluate(
     checked = load_recipe(EvalRecipe, recipe, flags, overrides)
     if checked.base is None:
         raise UsageError("missing argument MODEL", "name a run folder, a Hugging Face folder or a hub id")
+    read_ahead(checked.base)
     from llmctl.stages import evaluate as stage
 
     result = stage.run(checked, make_talk())

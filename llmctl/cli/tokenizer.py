@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmctl.cli.options import AsJson, DataWords, RecipeFile, flag, given, split_words
+from llmctl.cli.options import AsJson, DataWords, Name, RecipeFile, flag, given, split_words
 from llmctl.cli.output import print_json, print_listing, print_table
 from llmctl.cli.progress import make_talk
 from llmctl.recipe.words import WORDS
@@ -18,6 +18,7 @@ def train(
     kind: Annotated[str | None, flag("tokenizer", "kind", "NAME")] = None,
     vocab_size: Annotated[int | None, flag("tokenizer", "vocab_size", "N")] = None,
     out: Annotated[str | None, flag("tokenizer", "out", "DIR")] = None,
+    name: Name = None,
     recipe: RecipeFile = None,
     as_json: AsJson = False,
 ) -> None:

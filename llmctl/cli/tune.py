@@ -8,11 +8,16 @@ import typer
 
 from llmctl.cli.options import (
     AsJson,
+    Name,
     RecipeFile,
+    Resume,
+    ResumeWith,
     Words,
     flag,
     given,
     one_model,
+    out_of,
+    read_ahead,
     saved_recipe,
     split_words,
 )
@@ -21,7 +26,6 @@ from llmctl.cli.progress import make_talk
 from llmctl.errors import UsageError
 
 Accept = Annotated[bool, typer.Option("--accept", help="keep the result though its check refuses it")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on with the run in --out")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 MODEL = "name a run folder, a Hugging Face folder or a hub id"
 SHOWN = 60  # characters of an answer in the listing of a comparison
@@ -37,12 +41,14 @@ def sft(
     full: Annotated[bool, typer.Option("--full", help="train all weights: method=full")] = False,
     template: Annotated[str | None, flag("sft", "template", "NAME|FILE")] = None,
     out: Annotated[str | None, flag("sft", "out", "DIR")] = None,
+    name: Name = None,
     recipe: RecipeFile = None,
     max_steps: Annotated[int | None, flag("sft", "max_steps", "N")] = None,
     seed: Annotated[int | None, flag("sft", "seed", "N")] = None,
     device: Annotated[str | None, flag("sft", "device", "NAME")] = None,
     dtype: Annotated[str | None, flag("sft", "dtype", "NAME")] = None,
     resume: Resume = False,
+    resume_with: ResumeWith = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -54,10 +60,11 @@ def sft(
     """
     from llmctl.recipe.tune import SftRecipe
 
+    resume = resume or resume_with
     settled = checked(SftRecipe, ctx, "sft", words, recipe, resume)
     from llmctl.stages import sft as stage
 
-    _show(stage.run(settled, make_talk(), resume=resume, dry_run=dry_run), as_json)
+    _show(stage.run(settled, make_talk(), resume=resume, resume_with=resume_with, dry_run=dry_run), as_json)
 
 
 def reward(
@@ -70,12 +77,14 @@ def reward(
     full: Annotated[bool, typer.Option("--full", help="train all weights: method=full")] = False,
     template: Annotated[str | None, flag("reward", "template", "NAME|FILE")] = None,
     out: Annotated[str | None, flag("reward", "out", "DIR")] = None,
+    name: Name = None,
     recipe: RecipeFile = None,
     max_steps: Annotated[int | None, flag("reward", "max_steps", "N")] = None,
     seed: Annotated[int | None, flag("reward", "seed", "N")] = None,
     device: Annotated[str | None, flag("reward", "device", "NAME")] = None,
     dtype: Annotated[str | None, flag("reward", "dtype", "NAME")] = None,
     resume: Resume = False,
+    resume_with: ResumeWith = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a reward model of MODEL, from preferences.
@@ -84,10 +93,11 @@ def reward(
     """
     from llmctl.recipe.tune import RewardRecipe
 
+    resume = resume or resume_with
     settled = checked(RewardRecipe, ctx, "reward", words, recipe, resume)
     from llmctl.stages import reward as stage
 
-    _show(stage.run(settled, make_talk(), resume=resume), as_json)
+    _show(stage.run(settled, make_talk(), resume=resume, resume_with=resume_with), as_json)
 
 
 def dpo(
@@ -101,12 +111,14 @@ def dpo(
     beta: Annotated[float | None, flag("dpo", "beta", "X")] = None,
     template: Annotated[str | None, flag("dpo", "template", "NAME|FILE")] = None,
     out: Annotated[str | None, flag("dpo", "out", "DIR")] = None,
+    name: Name = None,
     recipe: RecipeFile = None,
     max_steps: Annotated[int | None, flag("dpo", "max_steps", "N")] = None,
     seed: Annotated[int | None, flag("dpo", "seed", "N")] = None,
     device: Annotated[str | None, flag("dpo", "device", "NAME")] = None,
     dtype: Annotated[str | None, flag("dpo", "dtype", "NAME")] = None,
     resume: Resume = False,
+    resume_with: ResumeWith = False,
     as_json: AsJson = False,
 ) -> None:
     """Let MODEL prefer the chosen answers, from preferences.
@@ -116,10 +128,11 @@ def dpo(
     """
     from llmctl.recipe.tune import DpoRecipe
 
+    resume = resume or resume_with
     settled = checked(DpoRecipe, ctx, "dpo", words, recipe, resume)
     from llmctl.stages import dpo as stage
 
-    _show(stage.run(settled, make_talk(), resume=resume), as_json)
+    _show(stage.run(settled, make_talk(), resume=resume, resume_with=resume_with), as_json)
 
 
 def score(
@@ -154,6 +167,7 @@ def merge(
     words: Words = None,
     data: Annotated[list[str] | None, flag("merge", "data", "PATH", many=True)] = None,
     out: Annotated[str | None, flag("merge", "out", "DIR")] = None,
+    name: Name = None,
     dtype: Annotated[str | None, flag("merge", "dtype", "NAME")] = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("merge", "device", "NAME")] = None,
@@ -184,6 +198,7 @@ def convert(
     family: Annotated[str | None, flag("convert", "family", "NAME")] = None,
     dtype: Annotated[str | None, flag("convert", "dtype", "NAME")] = None,
     out: Annotated[str | None, flag("convert", "out", "DIR")] = None,
+    name: Name = None,
     allow_pickle: Annotated[bool | None, flag("convert", "allow_pickle")] = None,
     recipe: RecipeFile = None,
     as_json: AsJson = False,
@@ -230,6 +245,7 @@ def compare(
             "missing arguments A and B" if not plain else "missing argument B",
             f"two models are compared: {MODEL}",
         )
+    read_ahead(settled.base, settled.other)
     from llmctl.stages import compare as stage
     from llmctl.stages.gate import refuse_drift
 
@@ -249,7 +265,7 @@ def checked(
 
     plain, overrides = split_words(words)
     if resume and recipe is None:
-        recipe = saved_recipe(ctx.params.get("out"), overrides)
+        recipe = saved_recipe(out_of(ctx), overrides)
     flags = given(ctx, stage) | {"base": one_model(plain), "method": _method(ctx)}
     if flags["method"] is None:
         del flags["method"]
@@ -258,6 +274,7 @@ def checked(
         raise UsageError("--resume does not say which run to go on with", "name its folder with --out DIR")
     if found.base is None:
         raise UsageError("missing argument MODEL", MODEL)
+    read_ahead(found.base)
     return found
 
 

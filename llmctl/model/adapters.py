@@ -18,6 +18,7 @@ from torch import nn
 
 from llmctl.errors import UserError, nearest, one_of
 from llmctl.files import read_json
+from llmctl.intact import refuse_damaged
 from llmctl.model.adapter_file import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -184,12 +185,13 @@ def attach(model: LlmctlPreTrainedModel, folder: Path) -> PeftModel:
     """The model with a saved adapter on it, in place; `get_base_model()` is the model, now computing with it.
 
     Raises:
-        UserError: not an adapter PEFT knows, damaged, or one whose shapes belong to another model.
+        UserError: not an adapter PEFT knows, damaged, not what its run wrote, or one whose shapes belong to another model.
         CheckFailed: a weight of it is not a finite number.
     """
     from peft import get_peft_model
 
     adapter, settings, names = _read(model, folder)
+    refuse_damaged(folder)
     if isinstance(settings.init_lora_weights, str) and not names.same:
         refuse_changed_base(settings.init_lora_weights, CHANGED_BASES, folder)
     core = in_core(adapter, names, settings.use_rslora)

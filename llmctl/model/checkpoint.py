@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from llmctl.errors import UserError
 from llmctl.files import read_json, write_json
+from llmctl.intact import Check
 from llmctl.kernels.quantized import Quantized
 from llmctl.locate import locate
 from llmctl.model.compressed import Scheme, layers_in, read_layer, scheme_in, stored
@@ -106,10 +107,11 @@ def load_model(
     Raises:
         UserError: no such folder or file, an unsupported architecture or another kind of model, a file
             that is not safetensors (or an allowed pickle) or was cut short, tensors that are missing,
-            unexpected or of another shape; a run whose result was refused.
+            unexpected or of another shape; a run whose result was refused, or is not what it wrote.
     """
     folder = locate(str(where), FILES + PICKLES if allow_pickle else FILES)
     refuse_refused(folder)
+    check = Check(folder)
     config = config_in(folder)
     _refuse_other_kind(folder, config, kind)
     family = FAMILIES.get(config.spec.family)
@@ -121,6 +123,7 @@ def load_model(
         if scheme is not None:
             tensors = _fill_packed(model, tensors, scheme, folder)
         _fill(model, tensors, family, dtype, device, folder)
+    check.finish()
     model.tie_weights()
     settle(model, torch.device(device), exact=quantized == "exact")
     if model.can_generate():
@@ -199,7 +202,7 @@ def _empty(config: LlmctlConfig, kind: type[M]) -> M:
 def _scheme(folder: Path, quantized: Quantization) -> Scheme | None:
     scheme = scheme_in(read_json(folder / "config.json"), str(folder / "config.json"))
     if scheme is not None and quantized == "refuse":
-        parents = (run_of(folder) or {}).get("parents", [])
+        parents = (run_of(folder) or {}).get("parents") or []
         origin = next((parent["path"] for parent in parents if parent["role"] == "model"), None)
         raise UserError(
             f"{folder}: the weights are quantized, and this needs whole ones",

@@ -9,6 +9,7 @@ import torch
 
 from llmctl.errors import UserError
 from llmctl.files import read_json
+from llmctl.intact import refuse_damaged
 from llmctl.locate import locate
 from llmctl.model.adapter_file import ADAPTER_CONFIG, is_adapter, table_rows
 from llmctl.model.adapter_fit import refuse_missing_rows, vocabulary_rows
@@ -21,7 +22,7 @@ from llmctl.model.hf import LlmctlForCausalLM, LlmctlPreTrainedModel
 from llmctl.model.nf4 import round_nf4
 from llmctl.model.vocabulary import grow_vocabulary, resize_vocabulary
 from llmctl.model.weights import dtype_in
-from llmctl.runs import find_runs, folder_hash, run_of
+from llmctl.runs import content_hash, find_by_hash, folder_hash, run_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -137,7 +138,8 @@ def base_of(folder: Path) -> str:
     Raises UserError if it is nowhere, or what lies there is not what the adapter was trained on.
     """
     named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    recorded = next((p for p in (run_of(folder) or {}).get("parents", []) if p["role"] == "model"), None)
+    parents = (run_of(folder) or {}).get("parents") or []
+    recorded = next((parent for parent in parents if parent["role"] == "model"), None)
     if recorded is None:
         if not named:
             raise UserError(f"{folder}: the adapter does not say which model it belongs to", _NAME_IT)
@@ -145,10 +147,15 @@ def base_of(folder: Path) -> str:
     if not recorded["hash"]:
         return str(recorded["path"])  # a hub id
     here = [Path(path) for path in (recorded["path"], named) if path and Path(path).expanduser().is_dir()]
-    for path in (*here, *find_runs()):
+    for path in here:
         if path.resolve() != folder.resolve() and folder_hash(path) == recorded["hash"]:
             return str(path)
+    moved = find_by_hash(recorded["hash"], Path(recorded["path"]))
+    if moved is not None and moved.resolve() not in {path.resolve() for path in (folder, *here)}:
+        return str(moved)
     if here:
+        if content_hash(here[0]) == recorded["hash"]:
+            refuse_damaged(here[0])  # the right one, and a file of it is not
         raise UserError(
             f"{folder}: {here[0]} is not the base this adapter was trained on, or has changed since",
             "put the base back, or train the adapter again on this one",

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from llmctl.checkpoints import choose_checkpoint
 from llmctl.errors import UserError, nearest, one_of
 from llmctl.recipe.base import Mistake, StageRecipe
 from llmctl.recipe.schema import RECIPES
@@ -16,11 +17,12 @@ from llmctl.recipe.shipped import find_recipe
 from llmctl.recipe.yaml import dump_yaml, parse_yaml, read_yaml
 
 R = TypeVar("R", bound=StageRecipe)
+MODELS = ("base", "other", "tokenizer")  # fields that name a MODEL
 OVERRIDE = re.compile(r"^([a-z_][a-z0-9_]*(?:\.[a-z_][a-z0-9_]*)*)=(.*)$", re.DOTALL)
 
 
 def load_recipe(kind: type[R], file: str | None, flags: dict[str, Any], overrides: list[str]) -> R:
-    """The checked recipe of one stage.
+    """The checked recipe of one stage, in which `RUN@best` and the like have become the checkpoint's folder.
 
     Args:
         kind: the recipe class of the stage.
@@ -44,6 +46,10 @@ def load_recipe(kind: type[R], file: str | None, flags: dict[str, Any], override
     for key, value in words:
         _set(values, key, value, "command line")
     given = {key for key, _ in words} | {key for key, value in flags.items() if value is not None}
+    for name in MODELS:
+        if isinstance(values.get(name), str):
+            # here, so that a run's own recipe says which checkpoint it was: the best may be another one later
+            values[name] = choose_checkpoint(values[name])
     return _check(kind, values, source if file else "command line", given)
 
 

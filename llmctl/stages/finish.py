@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.files import folder_atomic, sync_folder, write_atomic
+from llmctl.manifest import METRICS, SAMPLES
+from llmctl.reading import Unreadable, read_rows
 from llmctl.report import report_html
-from llmctl.runs import METRICS, SAMPLES
 
 REPORT = "report.html"
 FINAL = "final"  # the finished model, built beside the run's other files and then moved up
@@ -37,11 +37,18 @@ def write_report(out: Path, stage: str, metrics: dict[str, Any], samples: list[t
 
 def first_and_last_samples(out: Path) -> list[tuple[str, str]]:
     """The samples of the first and of the last step that has any, as (step and prompt, answer)."""
-    rows = _lines(out / SAMPLES) if (out / SAMPLES).is_file() else []
+    rows = [
+        row
+        for row in _lines(out / SAMPLES)
+        if isinstance(row.get("prompt"), str) and isinstance(row.get("answer"), str)
+    ]
     ends = sorted({row["step"] for row in rows})
     chosen = [row for row in rows if row["step"] in (ends[:1] + ends[-1:])]
     return [(f"step {row['step']}: {row['prompt']}", row["answer"]) for row in chosen]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        return read_rows(path, numbers=path.name == METRICS).rows
+    except Unreadable:
+        return []  # a page without curves; the model is finished all the same

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llmctl.checkpoints import checkpoints
 from llmctl.evaluate.intervals import share_interval
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.tune import DpoRecipe, RewardRecipe
@@ -15,13 +16,15 @@ from llmctl.stages.rows import require_data
 from llmctl.stages.text import pad_id_of
 from llmctl.stages.tune import Base, Tuned, prepare_base, tuned
 from llmctl.talk import Talk
-from llmctl.train.checkpoint import checkpoints
 from llmctl.train.preference import PreferenceJob, train_preferences
 
 
-def train_on_pairs(recipe: RewardRecipe | DpoRecipe, talk: Talk, *, resume: bool) -> RunResult:
+def train_on_pairs(
+    recipe: RewardRecipe | DpoRecipe, talk: Talk, *, resume: bool, resume_with: bool = False
+) -> RunResult:
     """Train, and leave a run folder with an adapter, or with a whole model where all weights were trained.
 
+    `resume_with` takes a recipe and data that differ from those the run began with.
     The folder is made only when model, template and data are known to be good.
 
     Raises:
@@ -35,7 +38,7 @@ def train_on_pairs(recipe: RewardRecipe | DpoRecipe, talk: Talk, *, resume: bool
     out = Path(recipe.out) if recipe.out else default_out(stage)
     # the folder is no part of what a run is: repeating it elsewhere must be possible
     saved = dump_recipe(recipe.model_copy(update={"out": None}))
-    if resume and (finished := finished_metrics(stage, out, saved)) is not None:
+    if resume and (finished := finished_metrics(stage, out, saved, resume_with=resume_with)) is not None:
         talk.say(f"{out}: this run is done; nothing to resume")
         return RunResult(out, finished)
     check_out(out, resume)
@@ -66,7 +69,7 @@ def train_on_pairs(recipe: RewardRecipe | DpoRecipe, talk: Talk, *, resume: bool
         "needs_merging": model.needs_merging,
         "data": _data_fields(recipe, rows, held),
     }
-    with Run.start(stage, out, saved, resume=resume, **fields) as opened:
+    with Run.start(stage, out, saved, resume=resume, resume_with=resume_with, **fields) as opened:
         metrics = train_preferences(_job(recipe, base, model, rows, held, out), talk)
         metrics |= {"trained_parameters": trained, **_judged(metrics, held)}
         install(model.save, out)

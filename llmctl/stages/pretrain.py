@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from llmctl.checkpoints import checkpoints
 from llmctl.errors import UserError
+from llmctl.intact import refuse_damaged
 from llmctl.kernels.device import Compute, pick_compute
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.checkpoint import load_model, load_weights, new_model, save_model
@@ -45,7 +47,6 @@ from llmctl.stages.text import (
 from llmctl.talk import SILENT, Talk
 from llmctl.tokenizer.load import TOKENIZER, fingerprint
 from llmctl.tokenizer.template import stop_ids, template_hash
-from llmctl.train.checkpoint import checkpoints
 from llmctl.train.loop import Job, train
 from llmctl.train.losses import LOSSES
 
@@ -63,9 +64,17 @@ class Inputs:
     max_length: int
 
 
-def run(recipe: PretrainRecipe, talk: Talk, *, resume: bool = False, dry_run: bool = False) -> RunResult:
+def run(
+    recipe: PretrainRecipe,
+    talk: Talk,
+    *,
+    resume: bool = False,
+    resume_with: bool = False,
+    dry_run: bool = False,
+) -> RunResult:
     """Train, and leave a run folder that opens as a Hugging Face model.
 
+    `resume_with` takes a recipe and data that differ from those the run began with.
     The folder is made only when tokenizer, model and data are known to be good.
 
     Raises:
@@ -86,7 +95,7 @@ def run(recipe: PretrainRecipe, talk: Talk, *, resume: bool = False, dry_run: bo
             update={"out": None, "model": recipe.model or (None if recipe.base else ModelSection())}
         )
     )
-    if resume and (finished := finished_metrics(STAGE, out, saved)) is not None:
+    if resume and (finished := finished_metrics(STAGE, out, saved, resume_with=resume_with)) is not None:
         talk.say(f"{out}: this run is done; nothing to resume")
         return RunResult(out, finished)
     check_out(out, resume)
@@ -107,7 +116,7 @@ def run(recipe: PretrainRecipe, talk: Talk, *, resume: bool = False, dry_run: bo
         "tokenizer": fingerprint(inputs.tokenizer),
         "template": template_hash(inputs.tokenizer),
     }
-    with Run.start(STAGE, out, saved, resume=resume, **fields) as opened:
+    with Run.start(STAGE, out, saved, resume=resume, resume_with=resume_with, **fields) as opened:
         job = _job(recipe, inputs, model, train_rows, eval_rows, out)
         metrics = train(job, talk)
         install(partial(_save_files, model, inputs.tokenizer), out)
@@ -132,6 +141,8 @@ def prepare(recipe: PretrainRecipe) -> Inputs:
     # first, because a broken config.json would look like a broken tokenizer
     spec = open_config(recipe.base).spec if recipe.base is not None else None
     tokenizer = open_tokenizer(source)
+    for parent_folder in filter(None, (recipe.tokenizer, recipe.base)):
+        refuse_damaged(Path(parent_folder))
     if spec is not None:
         refuse_mismatch(tokenizer, spec.vocab_size or 0, source)
         _refuse_other_tokenizer(recipe, tokenizer)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llmctl.checkpoints import checkpoints
 from llmctl.data.batches import Batches, Laid, eval_batches
 from llmctl.engine.generate import generate
 from llmctl.engine.sampling import likeliest
@@ -28,7 +29,6 @@ from llmctl.stages.rows import TalkRows, require_data, talk_rows
 from llmctl.stages.text import pad_id_of
 from llmctl.stages.tune import Base, Tuned, prepare_base, tuned
 from llmctl.talk import Talk
-from llmctl.train.checkpoint import checkpoints
 from llmctl.train.loop import Job, total_steps, train
 from llmctl.train.losses import LOSSES
 from llmctl.train.patience import forget_best
@@ -40,9 +40,12 @@ NF4_BYTES = (
 )  # a weight of 4 bits, a scale of 8 for every 64, one of 32 for every 256 scales
 
 
-def run(recipe: SftRecipe, talk: Talk, *, resume: bool = False, dry_run: bool = False) -> RunResult:
+def run(
+    recipe: SftRecipe, talk: Talk, *, resume: bool = False, resume_with: bool = False, dry_run: bool = False
+) -> RunResult:
     """Train, and leave a run folder with an adapter, or with a whole model where all weights were trained.
 
+    `resume_with` takes a recipe and data that differ from those the run began with.
     The folder is made only when model, template and data are known to be good.
 
     Raises:
@@ -55,7 +58,7 @@ def run(recipe: SftRecipe, talk: Talk, *, resume: bool = False, dry_run: bool = 
     out = Path(recipe.out) if recipe.out else default_out(STAGE)
     # the folder is no part of what a run is: repeating it elsewhere must be possible
     saved = dump_recipe(recipe.model_copy(update={"out": None}))
-    if resume and (finished := finished_metrics(STAGE, out, saved)) is not None:
+    if resume and (finished := finished_metrics(STAGE, out, saved, resume_with=resume_with)) is not None:
         talk.say(f"{out}: this run is done; nothing to resume")
         return RunResult(out, finished)
     if not dry_run:
@@ -89,7 +92,7 @@ def run(recipe: SftRecipe, talk: Talk, *, resume: bool = False, dry_run: bool = 
         "needs_merging": model.needs_merging,
         "data": _data_fields(recipe, rows, held),
     }
-    with Run.start(STAGE, out, saved, resume=resume, **fields) as opened:
+    with Run.start(STAGE, out, saved, resume=resume, resume_with=resume_with, **fields) as opened:
         metrics = train(_job(recipe, base, model, rows, held, out, talk), talk)
         metrics["trained_parameters"] = trained
         install(model.save, out)

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.errors import UserError
+from llmctl.intact import refuse_damaged
 from llmctl.kernels.device import Compute, pick_compute
 from llmctl.model import LlmctlForCausalLM, LlmctlForSequenceClassification, recompute_activations
 from llmctl.model.adapters import (
@@ -113,6 +114,7 @@ def prepare_base(
     config = open_config(where)  # first, because a broken config.json would look like a broken tokenizer
     tokenizer = open_tokenizer(where)
     refuse_swapped_tokenizer(tokenizer, where)
+    refuse_damaged(Path(where))  # before the data, which may take long; the parent's hash is needed anyway
     refuse_mismatch(tokenizer, config.vocab_size, where)
     choice = choose_template(tokenizer, template)
     if choice.said:
@@ -140,9 +142,9 @@ def _never_seen(where: str, tokenizer: PreTrainedTokenizerFast) -> set[int]:
     Pretraining sees BOS and the end, since text holds no other; every later stage writes down what is left.
     """
     made = run_of(Path(where)) or {}
-    if "never_seen" in made:
+    if made.get("never_seen") is not None:
         return set(made["never_seen"])
-    if made.get("stage") != "pretrain" or any(one["role"] == "model" for one in made.get("parents", [])):
+    if made.get("stage") != "pretrain" or any(one["role"] == "model" for one in made.get("parents") or []):
         return set()
     special = {token for token, about in tokenizer.added_tokens_decoder.items() if about.special}
     return special - {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}

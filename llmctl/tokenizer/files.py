@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import UserError
+from llmctl.files import LARGEST_JSON
+from llmctl.reading import Unreadable, parse_json, read_bytes
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
@@ -71,18 +73,18 @@ def _require(fits: bool, file: Path, field: str, value: Any, what: str) -> None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_bytes())
-    except PermissionError:
-        raise UserError(f"{file}: no permission to read", "ask its owner, or copy the folder") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: line {error.lineno}: not valid JSON", DAMAGED) from None
+        raw = read_bytes(file, LARGEST_JSON)
+        value = parse_json(raw.decode("utf-8-sig"), wide=True)
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 (byte {error.start})", DAMAGED) from None
-    except RecursionError:
-        raise UserError(f"{file}: nested too deeply", DAMAGED) from None
+    except Unreadable as error:
+        if isinstance(error.__context__, json.JSONDecodeError):
+            raise UserError(f"{file}: line {error.__context__.lineno}: not valid JSON", DAMAGED) from None
+        hint = "ask its owner, or copy the folder" if "permission" in str(error) else DAMAGED
+        raise UserError(f"{file}: {error}", hint) from None
     if not isinstance(value, dict):
         raise UserError(f"{file}: not a JSON object", DAMAGED)
-    if file.read_bytes().startswith(b"\xef\xbb\xbf"):
+    if raw.startswith(b"\xef\xbb\xbf"):
         raise UserError(f"{file}: begins with a byte order mark", "save it as UTF-8 without one")
     return value
 

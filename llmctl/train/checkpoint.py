@@ -3,13 +3,12 @@
 checkpoints/step-000500/   the model's own files (Hugging Face layout)
                            optimizer.pt   AdamW's moments
                            rng.pt         random state of torch, per device
-                           state.json     step, tokens seen, file sizes; written last
+                           state.json     step, tokens seen, sizes and hashes of the files; written last
 """
 
 from __future__ import annotations
 
-import json
-import re
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,13 +19,20 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from llmctl.checkpoints import (
+    GO_BACK,
+    STATE,
+    checkpoints,
+    named_checkpoints,
+    read_state,
+    seal_state,
+    step_of,
+)
 from llmctl.errors import UserError
-from llmctl.files import folder_atomic, write_json
-from llmctl.runs import CHECKPOINTS
-
-STATE = "state.json"
-GO_BACK = "delete that checkpoint to resume from the one before it"
-NAME = re.compile(r"^step-(\d{6,})$")
+from llmctl.files import disk_errors, file_hash, folder_atomic, write_json
+from llmctl.intact import newest_sound
+from llmctl.manifest import CHECKPOINTS
+from llmctl.talk import Talk
 
 
 @dataclass
@@ -50,35 +56,41 @@ def save_checkpoint(
         save_model(folder)
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         torch.save(_rng_state(), folder / "rng.pt")
-        sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-        write_json(folder / STATE, {**asdict(progress), "files": sizes})
+        files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+        sizes = {file.name: file.stat().st_size for file in files}
+        hashes = {file.name: file_hash(file) for file in files}
+        write_json(folder / STATE, seal_state({**asdict(progress), "files": sizes, "hashes": hashes}))
     kept = checkpoints(run)[-keep:]
-    for old in _named(run):
+    for old in named_checkpoints(run):
         # incomplete ones too: a process that was killed while it deleted one leaves half of it
-        if old not in kept and _step(old) < _step(kept[0]):
+        if old not in kept and step_of(old) < step_of(kept[0]):
             shutil.rmtree(old)
     return path
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first. Half-written and damaged ones are not among them."""
-    return [path for path in _named(run) if _is_complete(path)]
+def resume_from(run: Path, talk: Talk) -> Path | None:
+    """The newest checkpoint that is as it was written; None if there is none at all.
+
+    Every newer one that is damaged is said, and set aside as `step-N.damaged`: the run will write that step again.
+
+    Raises UserError if no checkpoint is whole.
+    """
+    found, damaged = newest_sound(run)
+    for path, what in damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        with disk_errors(run):
+            if aside.is_dir():
+                shutil.rmtree(aside)
+            os.replace(path, aside)
+        back = "" if found is None else f"; going back to {found.name}"
+        talk.say(f"warning: {what}{back} (the damaged checkpoint is now {aside.name})")
+    return found
 
 
 def clear_unfinished(run: Path) -> None:
     """Delete what killed saves left behind; the caller holds the run's lock."""
     for left in (run / CHECKPOINTS).glob(".tmp-step-*"):
         shutil.rmtree(left)
-
-
-def _named(run: Path) -> list[Path]:
-    folder = run / CHECKPOINTS
-    found = [path for path in folder.iterdir() if NAME.match(path.name)] if folder.is_dir() else []
-    return sorted(found, key=_step)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 def load_training_state(path: Path, optimizer: Optimizer) -> Progress:
@@ -94,7 +106,7 @@ def load_training_state(path: Path, optimizer: Optimizer) -> Progress:
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         said = str(error).splitlines()[0]
         raise UserError(f"{path}: the checkpoint does not fit this run ({said})", GO_BACK) from None
-    state = json.loads((path / STATE).read_text())
+    state = read_state(path)
     return Progress(state["step"], state["tokens"], state["seconds"])
 
 
@@ -112,14 +124,6 @@ def _read(file: Path, device: torch.device | str) -> dict[str, Any]:
     # what torch makes of other bytes than its own; its words about them would advise to trust the file
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
         raise UserError(f"{file}: damaged", GO_BACK) from error
-
-
-def _is_complete(path: Path) -> bool:
-    try:
-        sizes = json.loads((path / STATE).read_text())["files"]
-        return all((path / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def _rng_state() -> dict[str, torch.Tensor]:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmctl.errors import CheckFailed
+from llmctl.checkpoints import checkpoints
+from llmctl.errors import CheckFailed, UserError
 from llmctl.files import disk_errors, write_atomic
-from llmctl.runs import METRICS
-from llmctl.train.checkpoint import Progress, checkpoints
+from llmctl.manifest import METRICS
+from llmctl.reading import Unreadable, read_rows
+from llmctl.train.checkpoint import Progress
 
 DIVERGED = "diverged.json"
 
@@ -24,21 +26,18 @@ def log_row(run: Path, row: dict[str, Any], name: str = METRICS) -> None:
 
 
 def cut_rows(run: Path, step: int, name: str = METRICS) -> list[dict[str, Any]]:
-    """Drop lines written after the checkpoint a run goes on from, and a line cut short by a crash.
+    """Drop lines written after the checkpoint a run goes on from, and lines that are damaged or cut short by a crash.
 
-    Returns the rows that are left.
+    Returns the rows that are left. Raises UserError if the file is a pipe, or cannot be read at all.
     """
     path = run / name
-    if not path.is_file():
+    if not path.is_file() and not path.is_fifo():
         return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["step"] <= step:
-            kept.append(row)
+    try:
+        found = read_rows(path, numbers=name == METRICS)
+    except Unreadable as error:
+        raise UserError(f"{path}: {error}", "delete it; the run goes on without its earlier lines") from None
+    kept = [row for row in found.rows if row["step"] <= step]
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     return kept
 

@@ -21,9 +21,9 @@ from llmctl.runs import SAMPLES
 from llmctl.talk import Bar, Talk
 from llmctl.train.checkpoint import (
     Progress,
-    checkpoints,
     clear_unfinished,
     load_training_state,
+    resume_from,
     save_checkpoint,
 )
 from llmctl.train.journal import BadStep, cut_rows, diverged, log_row, summary
@@ -225,10 +225,10 @@ class _Training:
 
     def _restore(self) -> None:
         clear_unfinished(self.job.folder)
-        found = checkpoints(self.job.folder)
-        if found:
-            self.job.load(found[-1])
-            self.progress = load_training_state(found[-1], self.optimizer)
+        found = resume_from(self.job.folder, self.talk)
+        if found is not None:
+            self.job.load(found)
+            self.progress = load_training_state(found, self.optimizer)
             self.talk.say(f"resuming from step {self.progress.step} of {self.steps}")
         # a run that was killed between its last step and its end still reports what it had found
         for row in cut_rows(self.job.folder, self.progress.step):

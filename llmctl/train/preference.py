@@ -34,9 +34,9 @@ from llmctl.recipe.preference import DpoSection, PreferenceTrain, RewardSection
 from llmctl.talk import Talk
 from llmctl.train.checkpoint import (
     Progress,
-    checkpoints,
     clear_unfinished,
     load_training_state,
+    resume_from,
     save_checkpoint,
 )
 from llmctl.train.journal import BadStep, cut_rows, diverged, log_row, summary
@@ -229,16 +229,16 @@ class _Run(TrainerCallback):
     def _restore(self) -> Path | None:
         """Put back weights, optimizer and schedule; the path of the checkpoint they come from."""
         clear_unfinished(self.job.folder)
-        found = checkpoints(self.job.folder)
-        if found:
-            self.job.load(found[-1])
-            self.progress = load_training_state(found[-1], self.optimizer)
+        found = resume_from(self.job.folder, self.talk)
+        if found is not None:
+            self.job.load(found)
+            self.progress = load_training_state(found, self.optimizer)
             self.trainer.lr_scheduler = self._schedule(self.progress.step)
             self.talk.say(f"resuming from step {self.progress.step} of {self.steps}")
         # a run that was killed between its last step and its end still reports what it had found
         for row in cut_rows(self.job.folder, self.progress.step):
             self.last |= row
-        return found[-1] if found else None
+        return found
 
     def _schedule(self, done: int = 0) -> LambdaLR:
         """The loop's schedule as torch's, as it stands after `done` steps."""

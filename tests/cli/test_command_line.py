@@ -163,7 +163,7 @@ def test_resume_takes_the_saved_recipe(llmctl_: Program, calls: Calls) -> None:
     for words in (("--out", "r"), ("out=r",)):
         assert llmctl_("pretrain", "--resume", *words).code == 0
         assert (calls.recipe.out, calls.recipe.train.seed) == ("r", 9)
-        assert calls.words == {"resume": True, "dry_run": False}
+        assert calls.words == {"resume": True, "resume_with": False, "dry_run": False}
     # a recipe that is named wins, and a run that has none yet starts from the command line
     Path("other.yaml").write_text("train: {seed: 3}\n")
     llmctl_("pretrain", "--resume", "--out", "r", "--recipe", "other.yaml")

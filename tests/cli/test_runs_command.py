@@ -13,6 +13,10 @@ import pytest
 from llmctl.runs import Parent, Run, folder_hash
 from tests.program import Program
 
+DAMAGED = (
+    "the manifest was damaged; where the weights are whole, the folder without run.json opens as a model"
+)
+
 
 def make_run(path: Path, stage: str, *parents: tuple[str, Path], **metrics: Any) -> Path:
     """A finished run whose one output is its own name."""
@@ -82,8 +86,12 @@ def test_show(name: str, llmctl_: Program, family: Path) -> None:
     [
         ("bsae", "bsae: no such run", "did you mean `base`?"),
         ("plain", "plain: not a run folder (no run.json)", "see `llmctl runs list`"),
-        ("broken", "broken/run.json: not valid JSON", "the manifest was damaged; the weights may still load"),
-        ("odd", "odd/run.json: not a manifest", "the manifest was damaged; the weights may still load"),
+        (
+            "broken",
+            "broken/run.json: not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
+            DAMAGED,
+        ),
+        ("odd", "odd/run.json: not a manifest", DAMAGED),
     ],
 )
 def test_show_errors(name: str, message: str, hint: str, llmctl_: Program, family: Path) -> None:

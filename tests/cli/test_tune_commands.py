@@ -150,7 +150,7 @@ def test_resume_takes_the_saved_recipe(stage: str, llmctl_: Program, called: Cal
 
 def test_a_dry_run_of_sft(llmctl_: Program, called: Called) -> None:
     assert llmctl_("sft", "m", "--dry-run").code == 0
-    assert called.words == {"resume": False, "dry_run": True}
+    assert called.words == {"resume": False, "resume_with": False, "dry_run": True}
 
 
 def test_two_models_from_a_recipe(llmctl_: Program, called: Called) -> None:

@@ -212,35 +212,10 @@ def test_resume_from_the_middle(trained: Path, llmctl: Program) -> None:
     assert weights(trained) == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "error", "hint"),
-    [
-        (
-            WEIGHTS,
-            f"out/checkpoints/step-000012/{WEIGHTS}: damaged or cut short "
-            "(Error while deserializing header: header too large)",
-            "copy or download it again, or use a checkpoint of the run",
-        ),
-        (
-            "optimizer.pt",
-            "out/checkpoints/step-000012/optimizer.pt: damaged",
-            "delete that checkpoint to resume from the one before it",
-        ),
-    ],
+WITH = (
+    "resume with the same recipe, add --resume-with to go on with the new values, "
+    "or start a new run with another --out"
 )
-def test_resume_from_a_damaged_checkpoint(
-    name: str, error: str, hint: str, trained: Path, llmctl: Program
-) -> None:
-    """Other bytes, but as many as there were: only reading them shows it."""
-    crash(trained)
-    path = trained / "checkpoints" / "step-000012" / name
-    path.write_bytes(b"\xff" * path.stat().st_size)
-    told(llmctl("pretrain", "--out", "out", "--resume"), Bad("", error, hint))
-    shutil.rmtree(path.parent)
-    outcome = llmctl("pretrain", "--out", "out", "--resume")
-    assert outcome.code == 0 and "resuming from step 11 of 12\n" in outcome.err
-
-
 DIFFERENT = "resume with the same recipe, or start a new run with another --out"
 PUT_BACK = "put it back, or start a new run with another --out"
 
@@ -261,7 +236,7 @@ def test_resume_with_another_recipe(words: str, error: str, trained: Path, llmct
     crash(trained)
     before = snapshot(trained)
     outcome = llmctl("pretrain", "--out", "out", "--resume", *words.split())
-    told(outcome, Bad(words, error, DIFFERENT))
+    told(outcome, Bad(words, error, DIFFERENT if words.startswith("model.") else WITH))
     assert snapshot(trained) == before
 
 
@@ -269,7 +244,6 @@ def test_resume_with_another_recipe(words: str, error: str, trained: Path, llmct
     ("name", "error"),
     [
         ("data.jsonl", "out: the train data is not what it was when the run began"),
-        ("tok/tokenizer_config.json", "out: the tokenizer is not what it was when the run began"),
     ],
 )
 def test_resume_with_other_inputs(
