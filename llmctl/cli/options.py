@@ -19,6 +19,7 @@ from llmctl.recipe.words import WORDS
 TUNE = {
     "data": "data.train",
     "eval_data": "data.eval",
+    "columns": "data.columns",
     "template": "data.template",
     "out": "out",
     "device": "device",
@@ -44,10 +45,17 @@ FLAGS: dict[str, dict[str, str]] = {
     "sft": TUNE,
     "reward": TUNE,
     "dpo": TUNE | {"beta": "dpo.beta"},
-    "score": {"data": "score.data", "device": "device"},
-    "merge": {"data": "compare.data", "out": "out", "dtype": "dtype", "device": "device"},
+    "score": {"data": "score.data", "columns": "score.columns", "device": "device"},
+    "merge": {
+        "data": "compare.data",
+        "columns": "compare.columns",
+        "out": "out",
+        "dtype": "dtype",
+        "device": "device",
+    },
     "compare": {
         "data": "compare.data",
+        "columns": "compare.columns",
         "min_top1": "compare.min_top1",
         "max_kl": "compare.max_kl",
         "device": "device",
@@ -59,6 +67,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "group_size": "quantize.group_size",
         "calibration": "quantize.calibration",
         "eval_data": "compare.data",
+        "columns": "compare.columns",
         "out": "out",
         "device": "device",
     },
@@ -81,7 +90,12 @@ FLAGS: dict[str, dict[str, str]] = {
         "seed": "chat.seed",
         "device": "device",
     },
-    "eval": {"data": "eval.data", "answers": "eval.answers", "device": "device"},
+    "eval": {
+        "data": "eval.data",
+        "answers": "eval.answers",
+        "columns": "eval.columns",
+        "device": "device",
+    },
 }
 
 
