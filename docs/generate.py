@@ -130,6 +130,8 @@ def type_words(annotation: Any) -> str:
     origin, parts = get_origin(annotation), [p for p in get_args(annotation) if p is not type(None)]
     if origin is Literal:
         return ", ".join(code(part) for part in parts)
+    if origin is dict:
+        return "a mapping of text to text"
     if origin is list:
         return f"list of {type_words(parts[0])}"
     if origin is Annotated or len(parts) == 1:

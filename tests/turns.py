@@ -13,9 +13,11 @@ from llmctl.data.formats import Example, examples
 from llmctl.errors import UserError
 
 
-def read(path: object, text_field: str = "text") -> tuple[list[Example], Account]:
+def read(
+    path: object, text_field: str = "text", columns: dict[str, str] | None = None
+) -> tuple[list[Example], Account]:
     account = Account(noun="record")
-    found = list(examples([str(path)], text_field, account))
+    found = list(examples([str(path)], text_field, account, columns=columns))
     assert account.read == account.kept + sum(account.counts.values())
     assert account.kept == len(found)
     return found, account
@@ -27,9 +29,9 @@ def write(folder: Path, *records: Any, name: str = "data.jsonl") -> Path:
     return path
 
 
-def error(path: object, text_field: str = "text") -> UserError:
+def error(path: object, text_field: str = "text", columns: dict[str, str] | None = None) -> UserError:
     with pytest.raises(UserError) as caught:
-        read(path, text_field)
+        read(path, text_field, columns)
     raised = caught.value
     assert raised.hint and "\n" not in raised.message + raised.hint
     assert raised.message[-1] != "."

@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import typer
 
+from llmctl.cli.options import other_name
 from llmctl.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
@@ -115,7 +116,10 @@ def _reader_left() -> int:
 
 def _unknown_option(match: re.Match[str], args: list[str]) -> tuple[str, str | None]:
     name, suggested = match[1], re.findall(r"--?[\w-]+", match[2] or "")
-    close = nearest(name, suggested)
+    if hint := other_name(name, args):
+        return f"no such option: {name}", hint
+    bare = nearest(name.lstrip("-"), [option.lstrip("-") for option in suggested])
+    close = next((option for option in suggested if option.lstrip("-") == bare), None)
     return f"no such option: {name}", f"did you mean `{close}`?" if close else None
 
 

@@ -21,11 +21,21 @@ if TYPE_CHECKING:
 
 SCREENFUL = 2000  # columns of text that are shown of a part of a row
 LISTED = 60  # tokens that are listed of a part of a row
-SETTINGS = ("data.template", "data.max_length", "data.text_field", "data.mask_prompt", "data.rewritten")
+SETTINGS = (
+    "data.columns",
+    "data.template",
+    "data.max_length",
+    "data.text_field",
+    "data.mask_prompt",
+    "data.rewritten",
+)
 RARE = 0.001  # share of the letters below which a script is not named
 
 Files = Annotated[list[str] | None, typer.Argument(metavar="FILE | KEY=VALUE", hidden=True)]
 Template = Annotated[str | None, typer.Option("--template", metavar="NAME|FILE", help=WORDS["data.template"])]
+Columns = Annotated[
+    str | None, typer.Option("--columns", metavar="ROLE=COLUMN,…", help=WORDS["data.columns"])
+]
 MaxLength = Annotated[int | None, typer.Option("--max-length", metavar="N", help=WORDS["data.max_length"])]
 
 
@@ -37,6 +47,7 @@ def inspect(
             "--model", metavar="MODEL", help="model whose tokenizer, template and context make rows"
         ),
     ] = None,
+    columns: Columns = None,
     template: Template = None,
     rows: Annotated[int, typer.Option("--rows", metavar="N", help="rows to show", show_default=True)] = 3,
     first: Annotated[int, typer.Option("--from", metavar="K", help="the first row to show, from 1")] = 1,
@@ -56,7 +67,13 @@ def inspect(
     """
     recipe = _checked(
         words,
-        {"base": model, "data.template": template, "data.max_length": max_length, "data.overlong": overlong},
+        {
+            "base": model,
+            "data.columns": columns,
+            "data.template": template,
+            "data.max_length": max_length,
+            "data.overlong": overlong,
+        },
         (*SETTINGS, "data.overlong"),
     )
     if recipe.base is None:
@@ -95,6 +112,7 @@ def stats(
     model: Annotated[
         str | None, typer.Option("--model", metavar="MODEL", help="model to count tokens with")
     ] = None,
+    columns: Columns = None,
     template: Template = None,
     max_length: MaxLength = None,
     as_json: AsJson = False,
@@ -109,10 +127,15 @@ def stats(
     """
     recipe = _checked(
         words,
-        {"base": model, "data.template": template, "data.max_length": max_length},
+        {
+            "base": model,
+            "data.columns": columns,
+            "data.template": template,
+            "data.max_length": max_length,
+        },
         SETTINGS,
     )
-    needless = sorted(recipe.data.model_fields_set - {"train", "text_field"})
+    needless = sorted(recipe.data.model_fields_set - {"train", "text_field", "columns"})
     if recipe.base is None and needless:
         raise UsageError(
             f"data.{needless[0]} is about tokens, which are not counted", "name a model with --model"

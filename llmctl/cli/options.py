@@ -7,6 +7,7 @@ field's own description, and it has no default, so an unset flag leaves the reci
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from llmctl.recipe.words import WORDS
 TUNE = {
     "data": "data.train",
     "eval_data": "data.eval",
+    "columns": "data.columns",
     "template": "data.template",
     "out": "out",
     "device": "device",
@@ -44,10 +46,17 @@ FLAGS: dict[str, dict[str, str]] = {
     "sft": TUNE,
     "reward": TUNE,
     "dpo": TUNE | {"beta": "dpo.beta"},
-    "score": {"data": "score.data", "device": "device"},
-    "merge": {"data": "compare.data", "out": "out", "dtype": "dtype", "device": "device"},
+    "score": {"data": "score.data", "columns": "score.columns", "device": "device"},
+    "merge": {
+        "data": "compare.data",
+        "columns": "compare.columns",
+        "out": "out",
+        "dtype": "dtype",
+        "device": "device",
+    },
     "compare": {
         "data": "compare.data",
+        "columns": "compare.columns",
         "min_top1": "compare.min_top1",
         "max_kl": "compare.max_kl",
         "device": "device",
@@ -59,6 +68,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "group_size": "quantize.group_size",
         "calibration": "quantize.calibration",
         "eval_data": "compare.data",
+        "columns": "compare.columns",
         "out": "out",
         "device": "device",
     },
@@ -81,7 +91,12 @@ FLAGS: dict[str, dict[str, str]] = {
         "seed": "chat.seed",
         "device": "device",
     },
-    "eval": {"data": "eval.data", "answers": "eval.answers", "device": "device"},
+    "eval": {
+        "data": "eval.data",
+        "answers": "eval.answers",
+        "columns": "eval.columns",
+        "device": "device",
+    },
 }
 
 
@@ -116,6 +131,44 @@ def out_of(ctx: typer.Context) -> str | None:
             f"--name: `{name}` is not a plain name", f"use --out for a path; a name lies in {RUNS}/"
         )
     return str(RUNS / name)
+
+
+# command of two words -> the stage whose fields it takes
+STAGE_OF = {"tokenizer train": "tokenizer", "data inspect": "sft", "data stats": "sft"}
+
+
+def other_name(name: str, args: list[str]) -> str | None:
+    """What to write in the place of an option that is a field here, or another tool's name of one; None if unknown.
+
+    Args:
+        name: the option, as `--learning-rate`.
+        args: the words after `llmctl`.
+    """
+    from llmctl.recipe.load import dotted_fields
+    from llmctl.recipe.other_names import meant_by
+    from llmctl.recipe.schema import RECIPES
+
+    stage = STAGE_OF.get(" ".join(args[:2]), args[0] if args else "")
+    if stage not in RECIPES or (meant := meant_by(name, dotted_fields(RECIPES[stage]))) is None:
+        return None
+    note = f" ({meant.note})" if meant.note else ""
+    if meant.field == "base":
+        return f"the model is the first word: llmctl {stage} MODEL"
+    value = meant.value or _value_after(name, args)
+    flags = {field: option for option, field in FLAGS.get(stage, {}).items()}
+    if meant.field in flags:
+        return f"write --{flags[meant.field].replace('_', '-')} {value or 'VALUE'}{note}"
+    return f"write {meant.field}={value or 'VALUE'}{note}"
+
+
+def _value_after(name: str, args: list[str]) -> str | None:
+    """The value that was given to an option: `--name VALUE` or `--name=VALUE`."""
+    for word, following in zip(args, [*args[1:], "-"], strict=True):
+        if word.startswith(f"{name}="):
+            return shlex.quote(word.partition("=")[2])
+        if word == name and not following.startswith("-"):
+            return shlex.quote(following)
+    return None
 
 
 # Positional words are told apart by `split_words`, so Typer shows only their names.

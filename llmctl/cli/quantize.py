@@ -29,6 +29,7 @@ def quantize(
     group_size: Annotated[str | None, flag("quantize", "group_size", "N|channel")] = None,
     calibration: Annotated[list[str] | None, flag("quantize", "calibration", "PATH", many=True)] = None,
     eval_data: Annotated[list[str] | None, flag("quantize", "eval_data", "PATH", many=True)] = None,
+    columns: Annotated[str | None, flag("quantize", "columns", "ROLE=COLUMN,…")] = None,
     out: Annotated[str | None, flag("quantize", "out", "DIR")] = None,
     name: Name = None,
     recipe: RecipeFile = None,

@@ -135,6 +135,7 @@ def evaluate(
     words: Words = None,
     data: Annotated[list[str] | None, flag("eval", "data", "PATH", many=True)] = None,
     answers: Annotated[bool | None, flag("eval", "answers")] = None,
+    columns: Annotated[str | None, flag("eval", "columns", "ROLE=COLUMN,…")] = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("eval", "device", "NAME")] = None,
     as_json: AsJson = False,

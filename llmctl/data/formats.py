@@ -7,12 +7,13 @@ dropped and counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llmctl.data import columns as names
 from llmctl.data import convert
 from llmctl.data.document import Account
 from llmctl.data.readers import SURROGATE
@@ -72,28 +73,38 @@ class Format:
     read: Callable[[dict[str, Any], set[str]], Shape]
 
 
-def examples(sources: Iterable[str | Path], text_field: str, account: Account) -> Iterator[Example]:
+def examples(
+    sources: Iterable[str | Path],
+    text_field: str,
+    account: Account,
+    *,
+    columns: Mapping[str, str] | None = None,
+) -> Iterator[Example]:
     """Every usable example of the sources, in order, while `account` counts all records.
 
     Args:
         sources: as for `resolve`.
         text_field: the key of the text in files of plain texts. If it is not `text`, a record that has
             it is text whatever else it has.
+        columns: role -> column, for records whose keys are those of no format; see `recipe.columns`.
 
     Raises:
         UserError: as `records`; a record that fits no format, or another one than the first of its
             file; a value of a wrong type; a file without any usable record.
     """
     for item in resolve(sources, "records"):
-        reader = _Reader("text" if holds_text(item) else text_field)
+        plain = holds_text(item)
+        reader = _Reader("text" if plain else text_field, {} if plain else columns or {})
         yield from reader.examples(item, account)
 
 
 class _Reader:
-    """Reads one file: knows its format after the first record."""
+    """Reads one file: knows its format after the first record, and which of its columns have other names."""
 
-    def __init__(self, text_field: str) -> None:
+    def __init__(self, text_field: str, columns: Mapping[str, str]) -> None:
         self.formats = formats(text_field)
+        self.columns, self.keys = dict(columns), {}
+        self.unseen = {column for role, column in columns.items() if role in names.OPTIONAL}
         self.name, self.first_line = "", 0
         self.fits: set[tuple[str, ...]] = set()  # keys of records that were found to fit
         self.unread: set[str] = set()
@@ -101,6 +112,7 @@ class _Reader:
     def examples(self, item: Path | str, account: Account) -> Iterator[Example]:
         dropped, kept = dict(account.counts), account.kept
         for record in records_in(item, account):
+            record = self._named(record, str(item), account)
             keys = tuple(record.value)
             if keys not in self.fits:
                 self._check(record, keys)
@@ -111,7 +123,7 @@ class _Reader:
             except Unusable as reason:
                 account.drop(str(reason), record.place)
             except Bad as bad:
-                raise UserError(f"{record.place}: {bad.what}", bad.hint) from None
+                raise UserError(f"{record.place}: {bad.what}{self._columns_in(bad.what)}", bad.hint) from None
             else:
                 account.keep()
                 yield Example(shape, self.name, record.source, record.line, record.column)
@@ -121,15 +133,48 @@ class _Reader:
             raise UserError(
                 f"{item}: no usable record ({said or 'it holds none'})", "mend the file, or leave it out"
             )
+        for column in sorted(self.unseen):
+            account.note(f"{item}: no record has the column `{shown(column)}`")
         if self.unread:
             account.note(f"{item}: not read: {listed(sorted(self.unread))}")
+
+    def _named(self, record: Record, item: str, account: Account) -> Record:
+        """The record under the keys of a format, if its columns have other names."""
+        if not self.name and not self.columns:  # the first record
+            fits = detect(record.value, self.formats)
+            if fits in (None, "preference-implicit") and (found := names.known_names(record.value)):
+                self.columns = found
+                account.note(f"{item}: {names.said(found)} (--columns names others)")
+        if not self.columns:
+            return record
+        if missing := names.missing(self.columns, record.value):
+            role = next(role for role, column in self.columns.items() if column == missing[0])
+            close = nearest(missing[0], list(record.value))
+            raise UserError(
+                f"{record.place}: no column `{shown(missing[0])}`, which is the {role}; "
+                f"there is {listed(record.value) if record.value else 'nothing'}",
+                f"did you mean {role}={shown(close)}?"
+                if close
+                else "mend the record, or name another column",
+            )
+        self.unseen.difference_update(record.value)
+        self.keys = self.keys or names.keys_of(self.columns, record.value)
+        value = names.renamed(record.value, self.keys)
+        taken = set(self.keys.values())
+        self.unread |= {key for key in record.value if key in taken and key not in self.keys}
+        return replace(record, value=value)
+
+    def _columns_in(self, what: str) -> str:
+        """Which columns the keys in a message were read from."""
+        found = [(key, column) for column, key in self.keys.items() if f"`{key}" in what and key != column]
+        return "".join(f"; `{key}` is read from the column `{shown(column)}`" for key, column in found)
 
     def _check(self, record: Record, keys: tuple[str, ...]) -> None:
         """Find the format, and complain of keys that are none; remember those that are fine."""
         name = detect(keys, self.formats)
         began = f"line {self.first_line} is `{self.name}`"
         if name is None:
-            raise _no_format(record.place, keys, self.formats, f"; {began}" if self.name else "")
+            raise _no_format(record, self.formats, f"; {began}" if self.name else "", bool(self.columns))
         if not self.name:
             self.name, self.first_line = name, record.line
         if name != self.name:
@@ -184,24 +229,33 @@ def slip(written: str, meant: str) -> bool:
     return row[-1] <= most
 
 
-def _no_format(where: str, keys: tuple[str, ...], among: dict[str, Format], began: str) -> UserError:
-    said = f"{where}: fits no format: " + (f"keys {listed(keys)}" if keys else "it has no keys")
+def _no_format(record: Record, among: dict[str, Format], began: str, mapped: bool) -> UserError:
+    """The error for a record that fits no format.
+
+    Args:
+        mapped: its columns were renamed already.
+    """
+    keys = tuple(record.value)
+    message = f"{record.place}: fits no format: " + (f"keys {listed(keys)}" if keys else "it has no keys")
+    option = None if mapped else names.suggested(record.value)
 
     def fit(name: str) -> float:
         """Share of the required keys that are there or nearly there; a bit more for those that are."""
         needed = among[name].required
-        near = sum(key in keys or nearest(key, list(keys)) is not None for key in needed)
+        near = sum(key in keys or any(slip(one, key) for one in keys) for key in needed)
         return near / len(needed) + sum(key in keys for key in needed) / 10
 
     best = max(among, key=fit)
     if fit(best) == 0:
-        return UserError(f"{said}{began}", f"known are {one_of(list(among))}: see docs/data.md")
+        known = f"known are {one_of(list(among))}: see docs/data.md"
+        return UserError(f"{message}{began}", f"say which column is what, as {option}" if option else known)
     wants = among[best].required
     missing = [key for key in wants if key not in keys]
     unknown = [key for key in keys if key not in (*wants, *among[best].optional)]
-    close = next((key for key in missing if nearest(key, unknown)), None)
-    hint = f"did you mean `{close}`?" if close else f"{best} needs {one_of(missing)} too"
-    return UserError(f"{said}; nearest is {best}{began}", hint)
+    close = next((key for key in missing if any(slip(one, key) for one in unknown)), None)
+    other = f", or say which column is what, as {option}" if option else ""
+    hint = f"did you mean `{close}`?" if close else f"{best} needs {one_of(missing)} too{other}"
+    return UserError(f"{message}; nearest is {best}{began}", hint)
 
 
 def formats(text_field: str) -> dict[str, Format]:

@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 from llmctl.checkpoints import choose_checkpoint
 from llmctl.errors import UserError, nearest, one_of
 from llmctl.recipe.base import Mistake, StageRecipe
+from llmctl.recipe.other_names import meant_by
 from llmctl.recipe.schema import RECIPES
 from llmctl.recipe.shipped import find_recipe
 from llmctl.recipe.yaml import dump_yaml, parse_yaml, read_yaml
@@ -141,6 +142,9 @@ def _explain(kind: type[BaseModel], found: ErrorDetails, source: str, given: set
     elif source != "command line" and any(word.startswith(f"{key}.") for word in given):
         source = f"{source} and command line"
     message, hint = _said(found, section, path, [_tag(option) for option in _options(kind, path)])
+    if found["type"] == "extra_forbidden" and (meant := meant_by(path[-1], dotted_fields(kind))):
+        note = f" ({meant.note})" if meant.note else ""
+        hint = f"did you mean `{meant.field}`?{note}"
     if hint is None:
         field = ".".join(part for part in path if not part.isdigit())
         stage = kind.model_fields["stage"].default
@@ -233,6 +237,15 @@ def _walk(kind: type[BaseModel], path: list[str]) -> tuple[type[BaseModel] | Non
             inner = section_of(fields[part].annotation) if part in fields else None
             section = inner if inner is not None or part != path[-1] else section
     return section, clean
+
+
+def dotted_fields(kind: type[BaseModel], above: str = "") -> list[str]:
+    """The paths of all fields of a recipe that hold a value: `train.learning_rate`; sections of a choice are left out."""
+    found: list[str] = []
+    for name, field in kind.model_fields.items():
+        inner = section_of(field.annotation)
+        found += [f"{above}{name}"] if inner is None else dotted_fields(inner, f"{above}{name}.")
+    return found
 
 
 def _tag(option: type[BaseModel]) -> str:

@@ -6,14 +6,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llmctl.recipe.base import Section, StageRecipe, about
+from llmctl.recipe.base import Mistake, Section, StageRecipe, about
 from llmctl.recipe.chat import ChatRecipe
+from llmctl.recipe.columns import Columns
 from llmctl.recipe.convert import ConvertRecipe
 from llmctl.recipe.generate import GenerateRecipe
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.quantize import QuantizeRecipe
 from llmctl.recipe.train import Device, Dtype, Overlong, StepsSection, Threads
-from llmctl.recipe.tune import CompareRecipe, DpoRecipe, MergeRecipe, RewardRecipe, ScoreRecipe, SftRecipe
+from llmctl.recipe.tune import (
+    CompareRecipe,
+    DpoRecipe,
+    MergeRecipe,
+    RewardRecipe,
+    ScoreRecipe,
+    SftRecipe,
+    refuse_two_names,
+)
 
 TokenizerKind = Literal["byte-bpe", "bpe", "wordpiece", "unigram", "sentencepiece", "word", "char"]
 CACHE_DIR = "~/.cache/llmctl"
@@ -102,6 +111,7 @@ class EvalSection(Section):
 
     data: list[str] = about("eval.data", [])
     answers: bool = about("eval.answers", False)
+    columns: Columns = about("eval.columns", {})
     text_field: str = about("eval.text_field", "text")
     max_length: int | None = about("eval.max_length", None, gt=1)
     batch_size: int = about("eval.batch_size", 16, ge=1)
@@ -109,6 +119,15 @@ class EvalSection(Section):
     dtype: Dtype = about("eval.dtype", "float32")
     threads: Threads = about("eval.threads", "auto")
     cache_dir: str = about("eval.cache_dir", CACHE_DIR)
+
+    @model_validator(mode="after")
+    def columns_are_used(self) -> EvalSection:
+        refuse_two_names(self.text_field, self.columns, "eval")
+        if self.columns and not self.answers:
+            raise Mistake(
+                "`columns` is for answers; text has one field", "add --answers, or set eval.text_field"
+            )
+        return self
 
 
 class EvalRecipe(StageRecipe):

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from llmctl.recipe.base import Section, StageRecipe, about
+from llmctl.recipe.base import Mistake, Section, StageRecipe, about
+from llmctl.recipe.columns import Columns
 from llmctl.recipe.preference import DPO_RATES, REWARD_RATES, DpoSection, PreferenceTrain, RewardSection
 from llmctl.recipe.train import Device, Dtype, Overlong, StepsSection, Threads
 
@@ -42,12 +43,22 @@ def refuse_unused_adapter(method: Method, lora: LoraSection) -> None:
         raise ValueError("`lora` belongs to method lora or qlora; `full` trains the weights themselves")
 
 
+def refuse_two_names(text_field: str, columns: dict[str, str], section: str) -> None:
+    """Raise Mistake if both a field of text and columns are named: a record is read in one way."""
+    if columns and text_field != "text":
+        raise Mistake(
+            "`text_field` and `columns` both say how a record is read",
+            f"set {section}.columns alone; its role `text` names a column of plain text",
+        )
+
+
 class ConversationData(Section):
     """`data.*` of a stage that trains on conversations."""
 
     train: list[str] = about("data.train", [])
     eval: list[str] = about("data.eval", [])
     eval_fraction: float = about("data.eval_fraction", 0.05, ge=0, lt=1)
+    columns: Columns = about("data.columns", {})
     template: str = about("data.template", "auto", min_length=1)
     max_length: int | None = about("data.max_length", None, gt=1)
     overlong: Overlong | None = about("data.overlong", None)
@@ -66,6 +77,11 @@ class SftData(ConversationData):
     mask_prompt: bool = about("data.mask_prompt", True)
     rewritten: Literal["last", "split"] = about("data.rewritten", "last")
     packing: bool = about("data.packing", True)
+
+    @model_validator(mode="after")
+    def text_is_named_once(self) -> SftData:
+        refuse_two_names(self.text_field, self.columns, "data")
+        return self
 
 
 class SftTrain(StepsSection):
@@ -151,6 +167,7 @@ class ScoreSection(Section):
     """`score.*`: what a reward model ranks."""
 
     data: list[str] = about("score.data", [])
+    columns: Columns = about("score.columns", {})
     max_length: int | None = about("score.max_length", None, gt=1)
     batch_size: int = about("score.batch_size", 8, ge=1)
     dtype: Dtype = about("score.dtype", "float32")
@@ -170,6 +187,7 @@ class CompareRows(Section):
     """`compare.*`: what two models are held against each other on."""
 
     data: list[str] = about("compare.data", [])
+    columns: Columns = about("compare.columns", {})
     text_field: str = about("compare.text_field", "text")
     max_rows: int = about("compare.max_rows", 200, ge=1)
     max_tokens: int = about("compare.max_tokens", 4096, ge=1)
@@ -177,6 +195,11 @@ class CompareRows(Section):
     batch_size: int = about("compare.batch_size", 8, ge=1)
     answers: int = about("compare.answers", 8, ge=0)
     max_new_tokens: int = about("compare.max_new_tokens", 64, ge=1)
+
+    @model_validator(mode="after")
+    def text_is_named_once(self) -> Self:
+        refuse_two_names(self.text_field, self.columns, "compare")
+        return self
 
 
 class CompareSection(CompareRows):

@@ -77,7 +77,13 @@ def _answers(
     choice = choose_template(tokenizer, OWN)
     if choice.said:
         talk.say(choice.said)
-    data = SftData(train=settings.data, text_field=settings.text_field, overlong="truncate", packing=False)
+    data = SftData(
+        train=settings.data,
+        text_field=settings.text_field,
+        columns=settings.columns,
+        overlong="truncate",
+        packing=False,
+    )
     rows = read_rows(settings.data, data, tokenizer, length, talk)
     pad = pad_id_of(tokenizer)
     batches = eval_batches(rows.laid, batch_size=settings.batch_size, pad_id=pad, max_rows=settings.max_rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +115,7 @@ def run(recipe: SftRecipe, first: int, count: int, talk: Talk) -> Inspection:
     Raises UserError: as `prepare_base` and the readers of rows; files that no stage trains on together;
     a setting that the data has no use for; fewer than `first` rows.
     """
-    found = look(recipe.data.train, recipe.data.text_field)
+    found = look(recipe.data)
     kind = one_kind(found)
     data = data_section(recipe.data, kind)
     base = base_of(recipe, talk)
@@ -160,10 +160,11 @@ def base_of(recipe: SftRecipe, talk: Talk) -> Base:
     )
 
 
-def look(sources: Sequence[str], text_field: str) -> dict[str, Example]:
+def look(data: SftData) -> dict[str, Example]:
     """Source -> its first usable record, which says what the file holds. Raises UserError as `examples`."""
     return {
-        str(item): next(iter(examples([item], text_field, Account()))) for item in resolve(sources, "records")
+        str(item): next(iter(examples([item], data.text_field, Account(), columns=data.columns)))
+        for item in resolve(data.train, "records")
     }
 
 

@@ -36,7 +36,7 @@ def read_labelled(
     account, encoder, wanted = Account(noun="record"), Encoder(tokenizer), {}
 
     def labelled() -> Iterator[Example]:
-        for example in counted(examples(sources, "text", account), talk):
+        for example in counted(examples(sources, "text", account, columns=data.columns), talk):
             wanted[example.place] = labelled_shape(example).label
             yield example
 

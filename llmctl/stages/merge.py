@@ -159,4 +159,8 @@ def _data_of(folder: Path) -> dict[str, Any]:
     sources = (data.get("eval") or data.get("train") or {}).get("sources", [])
     if not sources:
         raise UserError(f"{folder}: says nothing of the data it was trained on", "name some with --data FILE")
-    return {"data": list(sources), "text_field": data.get("text_field", "text")}
+    return {
+        "data": list(sources),
+        "text_field": data.get("text_field", "text"),
+        "columns": data.get("columns", {}),
+    }

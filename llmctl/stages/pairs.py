@@ -124,7 +124,7 @@ def read_pairs(
     """
     account = Account(noun="record")
     encoder = Encoder(tokenizer)
-    found = encoded_pairs(encoder, counted(examples(sources, "text", account), talk))
+    found = encoded_pairs(encoder, counted(examples(sources, "text", account, columns=data.columns), talk))
     return fitted_pairs(found, encoder, account, data, max_length, talk)
 
 
@@ -202,7 +202,7 @@ def _preference(example: Example) -> Preference:
     if not isinstance(example.shape, Preference):
         raise UserError(
             f"{example.place}: no pair of answers: the record is `{example.format}`",
-            "a pair has `chosen` and `rejected`; see the formats in docs/data.md",
+            "a pair has `chosen` and `rejected`; name them if they are called otherwise: --columns prompt=A,chosen=B,rejected=C",
         )
     return example.shape
 

@@ -133,4 +133,4 @@ def _data_fields(recipe: RewardRecipe | DpoRecipe, rows: PairRows, held: PairRow
     fields = {"train": rows.manifest(recipe.data.train)}
     if held is not None:
         fields["eval"] = held.manifest(recipe.data.eval or recipe.data.train)
-    return fields
+    return fields | {"columns": recipe.data.columns}

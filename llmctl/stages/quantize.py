@@ -146,6 +146,7 @@ def _rows(
         eval=receipt.data,
         eval_fraction=HELD_OUT,
         text_field=receipt.text_field,
+        columns=receipt.columns,
         overlong="truncate",
     )
     if not settings.calibration:

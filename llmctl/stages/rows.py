@@ -146,7 +146,7 @@ def read_rows(
             into rows, whatever `data.overlong` says of conversations.
     """
     account = Account(noun="record")
-    read = examples(sources, data.text_field, account)
+    read = examples(sources, data.text_field, account, columns=data.columns)
     encoder = Encoder(tokenizer, data.mask_prompt, data.rewritten == "split")
     rows = list(encoder.rows(counted(map(_wanted, read) if measured else read, talk)))
     # texts first: they are cut by another rule than conversations, and the order of rows is shuffled anyway

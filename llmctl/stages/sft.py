@@ -176,7 +176,7 @@ def _data_fields(recipe: SftRecipe, rows: TalkRows, held: TalkRows | None) -> di
     fields: dict[str, Any] = {"train": rows.manifest(recipe.data.train)}
     if held is not None:
         fields["eval"] = held.manifest(recipe.data.eval or recipe.data.train)
-    return fields | {"text_field": recipe.data.text_field}
+    return fields | {"text_field": recipe.data.text_field, "columns": recipe.data.columns}
 
 
 def _plan(recipe: SftRecipe, base: Base, rows: TalkRows) -> dict[str, Any]:

@@ -31,7 +31,9 @@ def run(recipe: SftRecipe, talk: Talk) -> dict[str, Any]:
     account = Account(noun="record")
     statistics = Statistics()
     lengths = None if recipe.base is None else _lengths(recipe, talk)
-    found = _with_progress(examples(data.train, data.text_field, account), data.train, account, talk)
+    found = _with_progress(
+        examples(data.train, data.text_field, account, columns=data.columns), data.train, account, talk
+    )
     while batch := list(islice(found, BATCH)):
         for example in batch:
             statistics.add(example)
