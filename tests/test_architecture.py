@@ -22,8 +22,9 @@ PACKAGE = ROOT / "llmctl"
 # Bottom to top. A module imports from lower lines or from its own package, never from beside it.
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"files", "versions"},
+    {"files", "versions", "signals"},
     {"lock"},
+    {"leftovers"},
     {"talk", "runs", "locate", "report"},
     {"recipe"},
     {"kernels"},
@@ -39,12 +40,24 @@ LAYERS: list[set[str]] = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # These stay importable in a fraction of a second, function bodies included.
-LIGHT = {"errors", "files", "lock", "talk", "runs", "locate", "report", "recipe", "versions"}
+LIGHT = {
+    "errors",
+    "files",
+    "lock",
+    "talk",
+    "runs",
+    "locate",
+    "report",
+    "recipe",
+    "versions",
+    "signals",
+    "leftovers",
+}
 HEAVY = {"torch", "transformers", "tokenizers", "datasets", "peft", "trl", "accelerate", "numpy", "pyarrow"}
 
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8
 # "path" or "path::function" -> the size it is allowed. An entry that is no longer needed fails a test.
-LONG_FILES: dict[str, int] = {}
+LONG_FILES: dict[str, int] = {"llmctl/runs.py": 404}
 LONG_FUNCTIONS: dict[str, int] = {}
 MANY_PARAMETERS: dict[str, int] = {
     # transformers, PEFT and TRL look for these names in the signature

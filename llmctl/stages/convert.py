@@ -39,15 +39,14 @@ def run(recipe: ConvertRecipe, talk: Talk) -> RunResult:
     if is_adapter(folder):
         raise UserError(f"{folder}: an adapter, not a model", "`llmctl merge` folds it into its base")
     out = Path(recipe.out) if recipe.out else default_out(STAGE)
-    check_out(out, resumable=False)
+    check_out(out, resumable=False, afresh=STAGE)
     dtype = DTYPES.get(recipe.dtype)
     model = load_model(folder, dtype, kind=_class_in(folder), allow_pickle=recipe.allow_pickle)
     model.config.family = recipe.family or model.config.family
     fields, _ = model.disk_form()
     parents = [parent("model", recipe.base)]
-    with Run.start(
-        STAGE, out, dump_recipe(recipe.model_copy(update={"out": None})), parents=parents
-    ) as opened:
+    text = dump_recipe(recipe.model_copy(update={"out": None}))
+    with Run.start(STAGE, out, text, afresh=True, parents=parents) as opened:
         install(partial(_write, model, folder), out)
         found: dict[str, Any] = {
             "family": fields["model_type"],
