@@ -37,6 +37,7 @@ def pretrain(
     max_steps: Annotated[int | None, flag("pretrain", "max_steps", "N")] = None,
     seed: Annotated[int | None, flag("pretrain", "seed", "N")] = None,
     device: Annotated[str | None, flag("pretrain", "device", "NAME")] = None,
+    threads: Annotated[str | None, flag("pretrain", "threads", "N|auto")] = None,
     dtype: Annotated[str | None, flag("pretrain", "dtype", "NAME")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
@@ -84,6 +85,7 @@ def generate(
     chat: Annotated[bool | None, flag("generate", "chat")] = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("generate", "device", "NAME")] = None,
+    threads: Annotated[str | None, flag("generate", "threads", "N|auto")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Let MODEL continue PROMPT.
@@ -127,6 +129,7 @@ def evaluate(
     answers: Annotated[bool | None, flag("eval", "answers")] = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("eval", "device", "NAME")] = None,
+    threads: Annotated[str | None, flag("eval", "threads", "N|auto")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well MODEL predicts text.

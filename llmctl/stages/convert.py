@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import UserError
-from llmctl.kernels.device import DTYPES
+from llmctl.kernels.device import DTYPES, pick_device
+from llmctl.kernels.threads import use_threads
 from llmctl.locate import locate
 from llmctl.model.adapters import is_adapter
 from llmctl.model.checkpoint import FILES, PICKLES, STACKS, head_in, load_config, load_model, save_model
@@ -40,6 +41,7 @@ def run(recipe: ConvertRecipe, talk: Talk) -> RunResult:
         raise UserError(f"{folder}: an adapter, not a model", "`llmctl merge` folds it into its base")
     out = Path(recipe.out) if recipe.out else default_out(STAGE)
     check_out(out, resumable=False, afresh=STAGE)
+    use_threads(recipe.threads, "threads", pick_device("cpu"), talk)
     dtype = DTYPES.get(recipe.dtype)
     model = load_model(folder, dtype, kind=_class_in(folder), allow_pickle=recipe.allow_pickle)
     model.config.family = recipe.family or model.config.family
