@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -19,6 +21,7 @@ from llmctl.reading import Unreadable, parse_json, read_bytes
 
 CHUNK = 1 << 20
 LARGEST_JSON = 1 << 30  # bytes of one of a model's own files, such as tokenizer.json
+OLD = "old"  # marks a temporary folder that holds what is being replaced
 # what the errors of tokenizers, safetensors and torch say when there is no room left
 FULL_DISK = ("No space left", "os error 28", "PytorchStreamWriter failed", "unexpected pos")
 
@@ -136,15 +139,10 @@ def folder_atomic(path: Path, elsewhere: str = "choose another folder with --out
 
     Yields the temporary folder. If the body raises, the folder vanishes and `path` is as it was; an
     existing `path` is replaced only after the new one is complete. What a killed process leaves is
-    named `.tmp-…` and removed by the next writer of the same path. So there may be one writer of a
-    path at a time; the caller sees to that. `elsewhere` is as in `disk_errors`.
+    named `.tmp-…` and removed by the next writer of the same path. `elsewhere` is as in `disk_errors`.
     """
     parent = path.parent
-    with disk_errors(path, elsewhere):
-        parent.mkdir(parents=True, exist_ok=True)
-        for stale in parent.glob(f".tmp-{path.name}-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".tmp-{path.name}-"))
+    with disk_errors(path, elsewhere), temporary_beside(path) as temporary:
         try:
             yield temporary
             _share(temporary)
@@ -153,16 +151,77 @@ def folder_atomic(path: Path, elsewhere: str = "choose another folder with --out
                     sync_file(file)
             sync_folder(temporary)
             if path.exists():
-                old = Path(tempfile.mkdtemp(dir=parent, prefix=f".tmp-{path.name}-old-"))
-                os.replace(path, old / path.name)
-                os.replace(temporary, path)
-                shutil.rmtree(old)
+                _replace_folder(path, temporary)
             else:
                 os.replace(temporary, path)
             sync_folder(parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _replace_folder(path: Path, new: Path) -> None:
+    """Put `new` in the place of the folder `path`; if that is interrupted, the old one is put back, now or later."""
+    with _flocked(path.parent):
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".tmp-{path.name}-{OLD}-"))
+        try:
+            os.replace(path, old / path.name)
+            os.replace(new, path)
+        except BaseException:
+            if not path.exists() and (old / path.name).exists():
+                os.replace(old / path.name, path)
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """An empty folder `.tmp-NAME-…` beside `path`, which the caller moves or deletes.
+
+    First it removes those of processes that are gone. A living process holds a flock on its own, which the kernel drops when
+    it dies; where the file system has no flock, there may be one writer of a path at a time.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _flocked(path.parent):  # a folder that was just made is not locked yet
+        for left in path.parent.glob(f".tmp-{glob.escape(path.name)}-*"):
+            _remove_if_left(left, path)
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".tmp-{path.name}-"))
+        handle = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        yield folder
+    finally:
+        os.close(handle)
+
+
+def _remove_if_left(left: Path, path: Path) -> None:
+    try:
+        with _flocked(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if left.name.startswith(f".tmp-{path.name}-{OLD}-") and not path.exists():
+                with contextlib.suppress(OSError):
+                    os.replace(left / path.name, path)  # killed while it replaced a folder
+            shutil.rmtree(left, ignore_errors=True)
+    except BlockingIOError:
+        return  # its process lives
+
+
+@contextlib.contextmanager
+def _flocked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold a flock on a folder, if its file system has them. Raises BlockingIOError as asked for by LOCK_NB."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, how)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EBADF):
+                raise
+        yield
+    finally:
+        os.close(handle)
 
 
 def file_hash(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:

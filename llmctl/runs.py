@@ -3,8 +3,7 @@
     runs/NAME/  run.json  recipe.yaml  metrics.jsonl  run.lock  checkpoints/  + the stage's own output
 
 `status` is running, done, refused (finished, but its own check found it too far from what it was made
-from), failed or interrupted. A crash leaves `running`, and `--resume` works
-from it. The lock holds pid, host and the start time of the process, so a stale one is told from a
+from), failed or interrupted. A crash leaves `running`, and `--resume` works from it. The lock holds pid, host and the start time of the process, so a stale one is told from a
 live one.
 """
 
@@ -23,7 +22,8 @@ from llmctl.checkpoints import step_of
 from llmctl.errors import Interrupted, UserError
 from llmctl.files import clear_leftovers, combined_hash, disk_errors, known_hash, write_atomic, write_json
 from llmctl.intact import newest_sound
-from llmctl.lock import LOCK, Lock
+from llmctl.leftovers import OUTPUT_SUFFIXES, began_as_run, clear_dead, holds_only_a_run
+from llmctl.lock import Lock
 from llmctl.manifest import (
     CHECKPOINTS,
     FORMAT,
@@ -44,12 +44,12 @@ from llmctl.resume import (
     refuse_differences,
     refuse_other_inputs,
 )
+from llmctl.signals import was_interrupted
 from llmctl.versions import versions
 
 RUNS = Path("runs")
+ENDED_WITHOUT_RESULT = ("failed", "interrupted", "crashed")
 
-# Files whose bytes are the run's result; together they give the run its hash.
-OUTPUT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 NOT_OUTPUT = (MANIFEST, METRICS, "diverged.json")
 
 
@@ -78,12 +78,13 @@ def default_out(stage: str) -> Path:
     return RUNS / f"{stage}-{number:03d}"
 
 
-def check_out(path: Path, resume: bool = False, *, resumable: bool = True) -> None:
+def check_out(path: Path, resume: bool = False, *, resumable: bool = True, afresh: str | None = None) -> None:
     """Refuse, before any work, an output folder that cannot or should not be written.
 
     Args:
         resume: the folder may hold a run, which goes on; nothing else that lies there is overwritten.
         resumable: whether the command has --resume, for the hint.
+        afresh: the stage of a command that begins anew where a run of that stage ended without a result.
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, but --out names a folder", "choose another name")
@@ -94,14 +95,10 @@ def check_out(path: Path, resume: bool = False, *, resumable: bool = True) -> No
             f"{path}: holds a result that its own check refused",
             "add --accept to take it as it is, or choose another --out",
         )
-    if occupied and not resume and not resumable and _died(path):
-        raise UserError(
-            f"{path}: holds what is left of a run that did not finish", "delete it, or choose another --out"
-        )
-    if occupied and not resume:
+    if occupied and not resume and not (afresh and _is_dead(path, afresh)):
         go_on = ", or add --resume to go on with it" if resumable else ""
         raise UserError(f"{path}: the folder is not empty", f"choose another --out{go_on}")
-    if occupied and not _began_as_run(path):
+    if occupied and not began_as_run(path):
         raise UserError(f"{path}: not a run, so there is nothing to resume", "choose another --out")
     above = path
     while not above.exists():
@@ -112,18 +109,14 @@ def check_out(path: Path, resume: bool = False, *, resumable: bool = True) -> No
         raise UserError(f"{above}: no permission to write", "choose another folder with --out")
 
 
-def _died(path: Path) -> bool:
-    """Whether a folder holds a run that ended without a result."""
-    if not has_manifest(path):
+def _is_dead(path: Path, stage: str) -> bool:
+    """Whether a folder is what a run of `stage` left that ended without a result, and holds nothing else."""
+    if not holds_only_a_run(path):
         return False
+    if not (path / MANIFEST).is_file():
+        return began_as_run(path)
     manifest = read_manifest(path)
-    return status_of(path, manifest) in ("failed", "interrupted", "crashed") and not output_hashes(path)
-
-
-def _began_as_run(path: Path) -> bool:
-    """Whether a folder is a run, or what is left of one that was killed before its manifest was written."""
-    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".tmp-")}
-    return MANIFEST in names or names <= {LOCK, RECIPE}
+    return manifest.get("stage") == stage and status_of(path, manifest) in ENDED_WITHOUT_RESULT
 
 
 def output_hashes(path: Path) -> dict[str, str]:
@@ -260,6 +253,7 @@ class Run:
         *,
         resume: bool = False,
         resume_with: bool = False,
+        afresh: bool = False,
         **fields: Any,
     ) -> Run:
         """Make the folder (or reopen it with `resume`) and write manifest and resolved recipe.
@@ -267,17 +261,20 @@ class Run:
         Args:
             recipe_text: the resolved recipe as YAML, from `dump_recipe`.
             resume_with: a recipe and data that differ are taken, and written down in the manifest.
+            afresh: take the place of a run of this stage that ended without a result.
             fields: further manifest entries, such as parents, device, seed.
 
         Raises:
             UserError: the folder is not empty, not writable, of another stage, or in use; or the
                 recipe, the data or a parent differs from the one the run was started with.
         """
-        check_out(path, resume)
+        check_out(path, resume, afresh=stage if afresh else None)
         lock = Lock(path)
         lock.acquire()
         try:
             clear_leftovers(path)
+            if afresh:
+                clear_dead(path)
             manifest: dict[str, Any] = {"stage": stage, "created": _now()}
             if resume and has_manifest(path):
                 manifest = read_manifest(path)
@@ -339,7 +336,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is not None and issubclass(kind, (KeyboardInterrupt, Interrupted)):
+            if kind is not None and (issubclass(kind, (KeyboardInterrupt, Interrupted)) or was_interrupted()):
                 self._close_with("interrupted", None)
             elif error is not None or self.manifest["status"] == "running":
                 self._close_with("failed", str(error) if error else "the stage ended without a result")

@@ -15,6 +15,9 @@ class Bar(Protocol):
     def advance(self, amount: float = 1, **facts: str) -> None:
         """Count `amount` more units done; `facts` are shown beside the bar, such as loss="3.21"."""
 
+    def resume(self, done: float, seconds: float) -> None:
+        """Begin with what an earlier process did: `done` units in `seconds`. Called before the first `advance`."""
+
 
 class Talk(Protocol):
     """Where a stage says what it does."""
@@ -28,6 +31,9 @@ class Talk(Protocol):
 
 class _SilentBar:
     def advance(self, amount: float = 1, **facts: str) -> None:
+        return
+
+    def resume(self, done: float, seconds: float) -> None:
         return
 
 

@@ -158,3 +158,48 @@ def test_hashes(tmp_path: Path) -> None:
     assert files.file_hash(tmp_path / "empty").startswith("e3b0c44298fc1c149afbf4c8996fb924")
     assert files.combined_hash({"a": "1", "b": "2"}) == files.combined_hash({"b": "2", "a": "1"})
     assert files.combined_hash({"a": "1", "b": "2"}) != files.combined_hash({"a": "2", "b": "1"})
+
+
+def test_folder_atomic_keeps_what_a_living_writer_makes(tmp_path: Path) -> None:
+    """The folder of a writer that lives is locked; a name that only begins alike is another path's."""
+    path = tmp_path / "a[1]"
+    with files.folder_atomic(path) as first:
+        (first / "x").touch()
+        with files.folder_atomic(path) as second:
+            (second / "y").touch()
+        assert first.is_dir() and left_over(path) == ["y"]
+    assert left_over(path) == ["x"]
+    assert left_over(tmp_path) == ["a[1]"]
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_folder_is_not_lost_while_it_is_replaced(
+    dies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted between the two renames it is put back at once; killed, by the next writer."""
+    path, usual = tmp_path / "step-1", os.replace
+    path.mkdir()
+    (path / "old").touch()
+
+    def interrupted(source: Path, target: Path) -> None:
+        if Path(target) == path and dies:
+            os._exit(9)
+        if Path(target) == path and Path(source).parent == tmp_path:
+            raise KeyboardInterrupt
+        usual(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    if dies:
+        child = os.fork()
+        if child == 0:
+            with files.folder_atomic(path) as temporary:
+                (temporary / "new").touch()
+        os.waitpid(child, 0)
+        assert not path.exists()
+        monkeypatch.setattr(os, "replace", usual)
+        with pytest.raises(ValueError, match="no"), files.folder_atomic(path):
+            raise ValueError("no")
+    else:
+        with pytest.raises(KeyboardInterrupt), files.folder_atomic(path) as temporary:
+            (temporary / "new").touch()
+    assert left_over(path) == ["old"] and left_over(tmp_path) == ["step-1"]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmctl import lock, runs
+from llmctl import lock, runs, signals
 from llmctl.errors import Interrupted, UserError
 from llmctl.lock import Lock
 from llmctl.runs import Run, check_out, find_parent, find_runs, folder_hash, read_manifest, status_of
@@ -356,3 +358,41 @@ def test_finished_metrics_are_those_of_the_same_run_only(tmp_path: Path) -> None
         runs.finished_metrics("tokenizer", path, RECIPE)
     with pytest.raises(UserError, match=r"train\.seed was 1 when the run began, and is 2 now"):
         runs.finished_metrics("pretrain", path, RECIPE.replace("seed: 1", "seed: 2"))
+
+
+# --- beginning anew where a run died ----------------------------------------------------------------
+
+
+def test_a_run_that_ended_without_a_result_is_begun_anew(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), Run.start("merge", out, "a: 1\n", afresh=True):
+        (out / "model.safetensors").touch()
+        (out / "final").mkdir()
+        (out / ".tmp-final-x").mkdir()
+        raise KeyboardInterrupt
+    assert read_manifest(out)["status"] == "interrupted"
+    for stage in ("quantize", None):  # another command's, and a command that would go on with --resume
+        with pytest.raises(UserError, match="out: the folder is not empty"):
+            check_out(out, resumable=False, afresh=stage)
+    (out / "notes.md").touch()
+    with pytest.raises(UserError, match="out: the folder is not empty"):
+        check_out(out, resumable=False, afresh="merge")  # a file of the user's
+    (out / "notes.md").unlink()
+    check_out(out, resumable=False, afresh="merge")
+    with Run.start("merge", out, "a: 2\n", afresh=True) as run:
+        assert sorted(path.name for path in out.iterdir()) == ["recipe.yaml", "run.json", "run.lock"]
+        run.finish({})
+    with pytest.raises(UserError, match="out: the folder is not empty"):
+        check_out(out, resumable=False, afresh="merge")  # a result is not replaced
+
+
+def test_an_error_that_a_library_made_of_an_interruption_marks_it_interrupted(tmp_path: Path) -> None:
+    run = Run.start("merge", tmp_path / "out", "a: 1\n")
+    with pytest.raises(RuntimeError), signals.interruptible(), run:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            raise RuntimeError("import failed") from None
+    assert read_manifest(tmp_path / "out")["status"] == "interrupted"
+    assert not signals.was_interrupted()

@@ -28,6 +28,7 @@ from llmctl.errors import (
     UserError,
     nearest,
 )
+from llmctl.signals import interruptible, was_interrupted
 
 DEBUG = "LLMCTL_DEBUG"
 
@@ -35,13 +36,20 @@ DEBUG = "LLMCTL_DEBUG"
 def guard(action: Callable[[], object], args: list[str], command: str) -> int:
     """Run a command line and return its exit code; every error is told on stderr in one or two lines.
 
+    Ctrl-C, SIGTERM and SIGHUP all end it as an interruption, with everything on the way cleaned up.
+
     Args:
         action: parses `args` and runs the command; may return an exit code.
         args: the words after `llmctl`, for messages about the command line itself.
         command: the command they name, such as `llmctl runs show`, for the hint to see its help.
     """
+    with interruptible():
+        return _guarded(action, args, command)
+
+
+def _guarded(action: Callable[[], object], args: list[str], command: str) -> int:
     try:
-        result = action()
+        result = _told_as_interruption(action)
         sys.stdout.flush()
     except BrokenPipeError:
         return _reader_left()
@@ -73,6 +81,16 @@ def guard(action: Callable[[], object], args: list[str], command: str) -> int:
     if result == EXIT_INTERRUPTED:
         _tell("interrupted")
     return result if isinstance(result, int) else EXIT_OK
+
+
+def _told_as_interruption(action: Callable[[], object]) -> object:
+    """Run the action; whatever error a library made of an interruption is one again."""
+    try:
+        return action()
+    except Exception as error:
+        if was_interrupted() and not isinstance(error, Interrupted):
+            raise KeyboardInterrupt from error
+        raise
 
 
 def _bug(error: Exception) -> int:

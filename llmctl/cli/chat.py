@@ -39,6 +39,7 @@ def chat(
     seed: Annotated[int | None, flag("chat", "seed", "N")] = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("chat", "device", "NAME")] = None,
+    threads: Annotated[str | None, flag("chat", "threads", "N|auto")] = None,
     as_json: AsLines = False,
 ) -> None:
     """Talk with MODEL.

@@ -27,6 +27,7 @@ TUNE = {
     "dtype": "train.dtype",
     "seed": "train.seed",
     "max_steps": "train.max_steps",
+    "threads": "train.threads",
 }
 
 # stage -> parameter of the command -> recipe field
@@ -42,17 +43,24 @@ FLAGS: dict[str, dict[str, str]] = {
         "dtype": "train.dtype",
         "seed": "train.seed",
         "max_steps": "train.max_steps",
+        "threads": "train.threads",
     },
     "sft": TUNE,
     "reward": TUNE,
     "dpo": TUNE | {"beta": "dpo.beta"},
-    "score": {"data": "score.data", "columns": "score.columns", "device": "device"},
+    "score": {
+        "data": "score.data",
+        "columns": "score.columns",
+        "device": "device",
+        "threads": "score.threads",
+    },
     "merge": {
         "data": "compare.data",
         "columns": "compare.columns",
         "out": "out",
         "dtype": "dtype",
         "device": "device",
+        "threads": "compare.threads",
     },
     "compare": {
         "data": "compare.data",
@@ -60,8 +68,15 @@ FLAGS: dict[str, dict[str, str]] = {
         "min_top1": "compare.min_top1",
         "max_kl": "compare.max_kl",
         "device": "device",
+        "threads": "compare.threads",
     },
-    "convert": {"family": "family", "dtype": "dtype", "out": "out", "allow_pickle": "allow_pickle"},
+    "convert": {
+        "family": "family",
+        "dtype": "dtype",
+        "out": "out",
+        "allow_pickle": "allow_pickle",
+        "threads": "threads",
+    },
     "quantize": {
         "method": "quantize.method",
         "bits": "quantize.bits",
@@ -71,6 +86,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "columns": "compare.columns",
         "out": "out",
         "device": "device",
+        "threads": "quantize.threads",
     },
     "generate": {
         "max_new_tokens": "generate.max_new_tokens",
@@ -81,6 +97,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "ignore_eos": "generate.ignore_eos",
         "chat": "generate.chat",
         "device": "device",
+        "threads": "generate.threads",
     },
     "chat": {
         "system": "chat.system",
@@ -90,12 +107,14 @@ FLAGS: dict[str, dict[str, str]] = {
         "top_p": "chat.top_p",
         "seed": "chat.seed",
         "device": "device",
+        "threads": "chat.threads",
     },
     "eval": {
         "data": "eval.data",
         "answers": "eval.answers",
         "columns": "eval.columns",
         "device": "device",
+        "threads": "eval.threads",
     },
 }
 
@@ -111,6 +130,9 @@ def given(ctx: typer.Context, stage: str) -> dict[str, Any]:
     values = {field: ctx.params[name] for name, field in FLAGS[stage].items()}
     if "out" in values:
         values["out"] = out_of(ctx)
+    for field in values:
+        if field.rpartition(".")[2] in ("threads", "group_size"):  # `N|auto` and `N|channel` come as text
+            values[field] = _number_in(values[field])
     return {
         field: list(value) or None if isinstance(value, (list, tuple)) else value
         for field, value in values.items()
@@ -169,6 +191,11 @@ def _value_after(name: str, args: list[str]) -> str | None:
         if word == name and not following.startswith("-"):
             return shlex.quote(following)
     return None
+
+
+def _number_in(text: str | None) -> int | str | None:
+    """A word of digits as a number; others are left to the check of the recipe, which refuses them by name."""
+    return int(text) if text is not None and re.fullmatch("[0-9]{1,9}", text) else text
 
 
 # Positional words are told apart by `split_words`, so Typer shows only their names.

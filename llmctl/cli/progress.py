@@ -44,9 +44,15 @@ class Pace:
         self.rate: float | None = None  # units per second over the last half minute
         self._clock = clock
         self._begin = clock()
-        # The first advance is where counting starts: a resumed run jumps there, a compiled one stalls.
+        # The first advance is where counting starts: work that compiles first stalls there.
         self._samples: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         self._first: tuple[float, float] | None = None
+
+    def resume(self, done: float, seconds: float) -> None:
+        """Begin with what an earlier process did; counting the rate starts here."""
+        self.done, self._begin = done, self._begin - seconds
+        self._first = (self._clock(), done)
+        self._samples.append(self._first)
 
     def advance(self, amount: float = 1, **facts: str) -> None:
         """Count `amount` more units."""
@@ -131,6 +137,10 @@ class _PlainBar:
     def __init__(self, pace: Pace, say: Callable[[str], None]) -> None:
         self.pace, self._say = pace, say
         self._next = 5.0  # seconds since the beginning
+
+    def resume(self, done: float, seconds: float) -> None:
+        self.pace.resume(done, seconds)
+        self._next += seconds
 
     def advance(self, amount: float = 1, **facts: str) -> None:
         self.pace.advance(amount, **facts)

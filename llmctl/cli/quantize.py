@@ -34,6 +34,7 @@ def quantize(
     name: Name = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("quantize", "device", "NAME")] = None,
+    threads: Annotated[str | None, flag("quantize", "threads", "N|auto")] = None,
     accept: Accept = False,
     as_json: AsJson = False,
 ) -> None:
@@ -46,8 +47,6 @@ def quantize(
     """
     from llmctl.recipe.quantize import QuantizeRecipe
 
-    if group_size is not None:
-        ctx.params["group_size"] = _group_size(group_size)
     recipe_checked = checked(QuantizeRecipe, ctx, "quantize", words, recipe, False)
     from llmctl.stages import quantize as stage
 
@@ -56,12 +55,6 @@ def quantize(
         print_json({"run": result.path, "metrics": result.metrics})
     else:
         print_receipt(str(result.path), dict(result.metrics))
-
-
-def _group_size(text: str) -> int | str:
-    if text.isascii() and text.isdigit():
-        return int(text)
-    return text  # `channel`, or what the recipe's check refuses by name
 
 
 def print_receipt(run: str, found: dict[str, Any]) -> None:

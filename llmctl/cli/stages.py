@@ -43,6 +43,7 @@ def pretrain(
     max_steps: Annotated[int | None, flag("pretrain", "max_steps", "N")] = None,
     seed: Annotated[int | None, flag("pretrain", "seed", "N")] = None,
     device: Annotated[str | None, flag("pretrain", "device", "NAME")] = None,
+    threads: Annotated[str | None, flag("pretrain", "threads", "N|auto")] = None,
     dtype: Annotated[str | None, flag("pretrain", "dtype", "NAME")] = None,
     resume: Resume = False,
     resume_with: ResumeWith = False,
@@ -93,6 +94,7 @@ def generate(
     chat: Annotated[bool | None, flag("generate", "chat")] = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("generate", "device", "NAME")] = None,
+    threads: Annotated[str | None, flag("generate", "threads", "N|auto")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Let MODEL continue PROMPT.
@@ -138,6 +140,7 @@ def evaluate(
     columns: Annotated[str | None, flag("eval", "columns", "ROLE=COLUMN,…")] = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("eval", "device", "NAME")] = None,
+    threads: Annotated[str | None, flag("eval", "threads", "N|auto")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well MODEL predicts text.

@@ -47,6 +47,7 @@ def sft(
     max_steps: Annotated[int | None, flag("sft", "max_steps", "N")] = None,
     seed: Annotated[int | None, flag("sft", "seed", "N")] = None,
     device: Annotated[str | None, flag("sft", "device", "NAME")] = None,
+    threads: Annotated[str | None, flag("sft", "threads", "N|auto")] = None,
     dtype: Annotated[str | None, flag("sft", "dtype", "NAME")] = None,
     resume: Resume = False,
     resume_with: ResumeWith = False,
@@ -84,6 +85,7 @@ def reward(
     max_steps: Annotated[int | None, flag("reward", "max_steps", "N")] = None,
     seed: Annotated[int | None, flag("reward", "seed", "N")] = None,
     device: Annotated[str | None, flag("reward", "device", "NAME")] = None,
+    threads: Annotated[str | None, flag("reward", "threads", "N|auto")] = None,
     dtype: Annotated[str | None, flag("reward", "dtype", "NAME")] = None,
     resume: Resume = False,
     resume_with: ResumeWith = False,
@@ -119,6 +121,7 @@ def dpo(
     max_steps: Annotated[int | None, flag("dpo", "max_steps", "N")] = None,
     seed: Annotated[int | None, flag("dpo", "seed", "N")] = None,
     device: Annotated[str | None, flag("dpo", "device", "NAME")] = None,
+    threads: Annotated[str | None, flag("dpo", "threads", "N|auto")] = None,
     dtype: Annotated[str | None, flag("dpo", "dtype", "NAME")] = None,
     resume: Resume = False,
     resume_with: ResumeWith = False,
@@ -145,6 +148,7 @@ def score(
     columns: Annotated[str | None, flag("score", "columns", "ROLE=COLUMN,…")] = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("score", "device", "NAME")] = None,
+    threads: Annotated[str | None, flag("score", "threads", "N|auto")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rank answers with a reward MODEL.
@@ -176,6 +180,7 @@ def merge(
     dtype: Annotated[str | None, flag("merge", "dtype", "NAME")] = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("merge", "device", "NAME")] = None,
+    threads: Annotated[str | None, flag("merge", "threads", "N|auto")] = None,
     accept: Accept = False,
     as_json: AsJson = False,
 ) -> None:
@@ -205,6 +210,7 @@ def convert(
     out: Annotated[str | None, flag("convert", "out", "DIR")] = None,
     name: Name = None,
     allow_pickle: Annotated[bool | None, flag("convert", "allow_pickle")] = None,
+    threads: Annotated[str | None, flag("convert", "threads", "N|auto")] = None,
     recipe: RecipeFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -230,6 +236,7 @@ def compare(
     max_kl: Annotated[float | None, flag("compare", "max_kl", "NATS")] = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("compare", "device", "NAME")] = None,
+    threads: Annotated[str | None, flag("compare", "threads", "N|auto")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare models A and B on the same data: odds and answers.

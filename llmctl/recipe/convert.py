@@ -6,7 +6,7 @@ from typing import Literal
 
 from llmctl.recipe.base import StageRecipe, about
 from llmctl.recipe.model import Family
-from llmctl.recipe.train import Dtype
+from llmctl.recipe.train import Dtype, Threads
 
 
 class ConvertRecipe(StageRecipe):
@@ -18,3 +18,4 @@ class ConvertRecipe(StageRecipe):
     family: Family | None = about("family", None)
     dtype: Dtype = about("dtype", "auto")
     allow_pickle: bool = about("allow_pickle", False)
+    threads: Threads = about("threads", "auto")

@@ -4,10 +4,13 @@ The JSON Schema, `docs/reference.md` and the help of command-line flags all read
 imports nothing, so `llmctl --help` stays fast.
 """
 
+THREADS = "CPU threads: auto takes the cores that are allowed and idle, and may change; a number is kept"
+
 WORDS: dict[str, str] = {
     # every stage
     "stage": "which stage this recipe runs",
     "out": "run folder to write; a fresh `runs/STAGE-NNN` when unset",
+    "threads": THREADS,
     "device": "where to compute: auto picks cuda, then mps, then cpu",
     "base": "model to start from: a run folder, a Hugging Face folder or a hub id",
     "tokenizer": "tokenizer to use: a run folder, a Hugging Face folder or a hub id",
@@ -147,7 +150,7 @@ WORDS: dict[str, str] = {
     "train.dtype": "compute precision; weights and optimizer stay float32",
     "train.gradient_checkpointing": "recompute activations in the backward pass to save memory",
     "train.torch_compile": "compile the blocks with torch.compile; needs a C++ compiler on CPU",
-    "train.threads": "CPU threads: auto takes the cores that are allowed and idle, and may change; a number is kept",
+    "train.threads": THREADS,
     "train.logging_steps": "steps between metric lines",
     "train.eval_steps": "steps between evaluations; a tenth of the run when unset",
     "train.eval_max_rows": "rows evaluated each time; all when unset",
@@ -178,7 +181,7 @@ WORDS: dict[str, str] = {
     "score.max_length": "tokens in a row, cut to that; max_position_embeddings when unset",
     "score.batch_size": "rows in one forward pass",
     "score.dtype": "precision of weights and compute",
-    "score.threads": "CPU threads, as train.threads",
+    "score.threads": THREADS,
     "compare": "how two models are compared, and how far apart they may be",
     "compare.data": "conversations or text to compare on",
     "compare.columns": "which column is what, as data.columns",
@@ -194,7 +197,7 @@ WORDS: dict[str, str] = {
     "compare.speed_tokens": "tokens decoded for each measurement of speed",
     "compare.min_effect": "least nats per token by which an adapter must move its base",
     "compare.dtype": "precision of weights and compute",
-    "compare.threads": "CPU threads, as train.threads",
+    "compare.threads": THREADS,
     # quantization
     "quantize": "how weights become integers",
     "quantize.method": "int8 rounds to the nearest of 8 bits; gptq mends each rounding by the weights that follow",
@@ -204,7 +207,7 @@ WORDS: dict[str, str] = {
     "quantize.calibration": "conversations or text to quantize by, and to measure on where there is no compare.data",
     "quantize.calibration_rows": "rows quantized by at most, the first ones",
     "quantize.act_order": "round the inputs with the largest activations first",
-    "quantize.threads": "CPU threads, as train.threads",
+    "quantize.threads": THREADS,
     "quantize.damping": "added to the Hessian's diagonal, as a share of its mean; grows where that is too little",
     # learning from preferences
     "reward": "the loss of a reward model",
@@ -223,7 +226,7 @@ WORDS: dict[str, str] = {
     "generate.ignore_eos": "go on past the end token",
     "generate.chat": "render the prompt through the chat template",
     "generate.dtype": "precision of weights and compute; auto is the checkpoint's own, but float32 for float16 on a CPU",
-    "generate.threads": "CPU threads, as train.threads",
+    "generate.threads": THREADS,
     # chat.*, which has what generate.* has
     "chat": "how to answer in a conversation",
     "chat.system": "system prompt: what the model is told before the conversation",
@@ -238,7 +241,7 @@ WORDS: dict[str, str] = {
     "eval.batch_size": "rows in one forward pass",
     "eval.max_rows": "score only the first rows",
     "eval.dtype": "precision of weights and compute",
-    "eval.threads": "CPU threads, as train.threads",
+    "eval.threads": THREADS,
     "eval.cache_dir": "folder for token shards, shared between runs",
 }
 

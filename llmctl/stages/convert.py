@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import UserError
-from llmctl.kernels.device import DTYPES
+from llmctl.kernels.device import DTYPES, pick_device
+from llmctl.kernels.threads import use_threads
 from llmctl.locate import locate
 from llmctl.model.adapters import is_adapter
 from llmctl.model.checkpoint import FILES, PICKLES, STACKS, head_in, load_config, load_model, save_model
@@ -39,15 +40,15 @@ def run(recipe: ConvertRecipe, talk: Talk) -> RunResult:
     if is_adapter(folder):
         raise UserError(f"{folder}: an adapter, not a model", "`llmctl merge` folds it into its base")
     out = Path(recipe.out) if recipe.out else default_out(STAGE)
-    check_out(out, resumable=False)
+    check_out(out, resumable=False, afresh=STAGE)
+    use_threads(recipe.threads, "threads", pick_device("cpu"), talk)
     dtype = DTYPES.get(recipe.dtype)
     model = load_model(folder, dtype, kind=_class_in(folder), allow_pickle=recipe.allow_pickle)
     model.config.family = recipe.family or model.config.family
     fields, _ = model.disk_form()
     parents = [parent("model", recipe.base)]
-    with Run.start(
-        STAGE, out, dump_recipe(recipe.model_copy(update={"out": None})), parents=parents
-    ) as opened:
+    text = dump_recipe(recipe.model_copy(update={"out": None}))
+    with Run.start(STAGE, out, text, afresh=True, parents=parents) as opened:
         install(partial(_write, model, folder), out)
         found: dict[str, Any] = {
             "family": fields["model_type"],

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.files import folder_atomic, sync_folder, write_atomic
+from llmctl.leftovers import FINAL
 from llmctl.manifest import METRICS, SAMPLES
 from llmctl.reading import Unreadable, read_rows
 from llmctl.report import report_html
 
 REPORT = "report.html"
-FINAL = "final"  # the finished model, built beside the run's other files and then moved up
 
 
 def install(save: Callable[[Path], None], out: Path) -> None:

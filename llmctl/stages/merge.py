@@ -87,7 +87,7 @@ def run(recipe: MergeRecipe, talk: Talk, accept: bool = False) -> RunResult:
     parents = [parent("model", str(folder))]
     if accept and (known := accept_refused(STAGE, out, text, parents=parents)) is not None:
         return RunResult(out, known)
-    check_out(out, resumable=False)
+    check_out(out, resumable=False, afresh=STAGE)
     compute = pick_compute(recipe.device, settings.dtype, "compare.dtype")
     use_threads(settings.threads, "compare.threads", compute.device, talk)
     tokenizer = open_tokenizer(str(folder))
@@ -106,7 +106,7 @@ def run(recipe: MergeRecipe, talk: Talk, accept: bool = False) -> RunResult:
         "stop_ids": stop_ids(tokenizer),
         "never_seen": (run_of(folder) or {}).get("never_seen", []),
     }
-    with Run.start(STAGE, out, text, **fields) as opened:
+    with Run.start(STAGE, out, text, afresh=True, **fields) as opened:
         found: dict[str, Any] = {}
         install(partial(_write_and_prove, job, adapted, tokenizer, found), out)
         answers, failed = found.pop("answers"), found.pop("failed")

@@ -16,6 +16,7 @@ from llmctl.files import read_json, write_atomic
 from llmctl.kernels.device import pick_device
 from llmctl.kernels.quantized import Quantized
 from llmctl.kernels.threads import use_threads
+from llmctl.leftovers import CARD
 from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM, leaves
 from llmctl.model.adapters import is_adapter
@@ -44,7 +45,6 @@ STAGE = "quantize"
 HELD_OUT = 0.25  # of the calibration documents, to measure on where nothing else is named
 CALIBRATION_BATCH = 8  # rows in a forward pass
 INT8_TOKENS = 4096  # of calibration text that 8 bits need: 64,000 bring SmolLM2 from KL 0.0016 to 0.0015 only
-CARD_FILE = "README.md"
 
 
 def run(recipe: QuantizeRecipe, talk: Talk, accept: bool = False) -> RunResult:
@@ -71,7 +71,7 @@ def run(recipe: QuantizeRecipe, talk: Talk, accept: bool = False) -> RunResult:
     parents = [parent("model", recipe.base)]
     if accept and (known := accept_refused(STAGE, out, text, parents=parents)) is not None:
         return RunResult(out, known | {"answers": []})
-    check_out(out, resumable=False)
+    check_out(out, resumable=False, afresh=STAGE)
     _refuse_no_data(recipe)
     device, tokenizer = pick_device(recipe.device), fitting_tokenizer(recipe.base)
     use_threads(recipe.quantize.threads, "quantize.threads", device, talk)
@@ -85,7 +85,9 @@ def run(recipe: QuantizeRecipe, talk: Talk, accept: bool = False) -> RunResult:
         _refuse_short(model, by, recipe.quantize, chosen)
     pad = pad_id_of(tokenizer)
     refuse_not_finite(model, next(eval_batches(held.laid, batch_size=recipe.compare.batch_size, pad_id=pad)))
-    with Run.start(STAGE, out, text, **_manifest(recipe.base, folder, tokenizer, by, held, recipe)) as opened:
+    with Run.start(
+        STAGE, out, text, afresh=True, **_manifest(recipe.base, folder, tokenizer, by, held, recipe)
+    ) as opened:
         matrices = METHODS[recipe.quantize.method](model, by, recipe.quantize, pad, talk)
         found: dict[str, Any] = {}
         job = Receipt(folder, recipe, held, tokenizer, talk)
@@ -275,7 +277,7 @@ def _write_and_measure(
     found |= {"method": settings.method, "bits": settings.bits, "group_size": settings.group_size}
     found |= job.sizes(model, matrices, target) | job.measured(model, target)
     found["failed"] += out_of_bounds(found, bounds.min_top1, bounds.max_kl)
-    write_atomic(target / CARD_FILE, card(job.recipe, found))
+    write_atomic(target / CARD, card(job.recipe, found))
 
 
 Quantizer = Callable[[LlmctlForCausalLM, TalkRows | None, QuantizeSection, int, Talk], dict[str, Quantized]]

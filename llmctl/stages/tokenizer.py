@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from llmctl.data.readers import Account, documents
 from llmctl.data.sources import total_bytes
 from llmctl.errors import UsageError
-from llmctl.files import disk_errors, sync_file
+from llmctl.files import disk_errors, sync_file, temporary_beside
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.schema import TokenizerRecipe
 from llmctl.runs import Run, RunResult, check_out, default_out
@@ -44,7 +43,7 @@ def run(recipe: TokenizerRecipe, talk: Talk) -> RunResult:
     """
     begin = time.monotonic()
     out = Path(recipe.out) if recipe.out else default_out(STAGE)
-    check_out(out, resumable=False)
+    check_out(out, resumable=False, afresh=STAGE)
     if not recipe.data.train:
         raise UsageError("no data to learn from", "name files, for example `llmctl tokenizer train TEXT.txt`")
     kind_named(recipe.kind, recipe.vocab_size, recipe.min_frequency)
@@ -75,7 +74,7 @@ def run(recipe: TokenizerRecipe, talk: Talk) -> RunResult:
             "template": template_hash(tokenizer),
             "stop_ids": stop_ids(tokenizer),
         }
-        with Run.start(STAGE, out, dump_recipe(recipe), **fields) as opened:
+        with Run.start(STAGE, out, dump_recipe(recipe), afresh=True, **fields) as opened:
             with disk_errors(out):
                 for file in sorted(finished.iterdir()):
                     os.replace(file, out / file.name)
@@ -140,14 +139,11 @@ class _Stream:
 @contextlib.contextmanager
 def _written_beside(tokenizer: PreTrainedTokenizerFast, out: Path) -> Iterator[Path]:
     """A temporary folder on the same disk with the tokenizer's files, so that a full disk is met early."""
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".tmp-{out.name}-"))
-    try:
-        with disk_errors(out):
+    with disk_errors(out), temporary_beside(out) as folder:
+        try:
             tokenizer.save_pretrained(folder)
             for file in folder.iterdir():
                 sync_file(file)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

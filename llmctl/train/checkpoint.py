@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -37,11 +37,21 @@ from llmctl.talk import Talk
 
 @dataclass
 class Progress:
-    """How far a run has come: optimizer steps done, trained tokens seen, seconds spent."""
+    """How far a run has come.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: trained tokens seen.
+        seconds: spent on steps alone.
+        elapsed: seconds in all, with evaluation, samples and saving.
+        window: sums since the last line of metrics, so that the next one covers the same steps after a resumption.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    elapsed: float = 0.0
+    window: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -107,7 +117,9 @@ def load_training_state(path: Path, optimizer: Optimizer) -> Progress:
         said = str(error).splitlines()[0]
         raise UserError(f"{path}: the checkpoint does not fit this run ({said})", GO_BACK) from None
     state = read_state(path)
-    return Progress(state["step"], state["tokens"], state["seconds"])
+    # checkpoints of version 0.1 have neither of the last two
+    elapsed, window = state.get("elapsed", state["seconds"]), state.get("window", {})
+    return Progress(state["step"], state["tokens"], state["seconds"], elapsed, window)
 
 
 def load_rng(path: Path | str) -> None:

@@ -42,9 +42,22 @@ def cut_rows(run: Path, step: int, name: str = METRICS) -> list[dict[str, Any]]:
     return kept
 
 
+def speed(progress: Progress) -> float:
+    """Trained tokens per second of the steps of a whole run."""
+    return progress.tokens / progress.seconds if progress.seconds else 0.0
+
+
+def end_facts(progress: Progress, last: dict[str, Any]) -> dict[str, str]:
+    """What the line that stays of a training says: the figures of the table, as `summary` has them."""
+    facts = {"loss": f"{last['loss']:.3f}"} if "loss" in last else {}
+    return facts | {"tokens/s": f"{speed(progress):,.0f}"}
+
+
 def summary(progress: Progress, last: dict[str, Any]) -> dict[str, Any]:
-    """Final metrics: the last loss and evaluation, and what the run took."""
-    speed = progress.tokens / progress.seconds if progress.seconds else 0.0
+    """Final metrics: the last loss and evaluation, and what the run took.
+
+    `seconds` are all of the training, with evaluation, samples and saving; `tokens_per_second` is that of the steps.
+    """
     kept = {
         name: value
         for name, value in last.items()
@@ -54,8 +67,8 @@ def summary(progress: Progress, last: dict[str, Any]) -> dict[str, Any]:
         **kept,
         "steps": progress.step,
         "tokens": progress.tokens,
-        "seconds": round(progress.seconds, 1),
-        "tokens_per_second": round(speed, 1),
+        "seconds": round(progress.elapsed, 1),
+        "tokens_per_second": round(speed(progress), 1),
     }
 
 

@@ -26,12 +26,13 @@ from llmctl.train.checkpoint import (
     resume_from,
     save_checkpoint,
 )
-from llmctl.train.journal import BadStep, cut_rows, diverged, log_row, summary
+from llmctl.train.journal import BadStep, cut_rows, diverged, end_facts, log_row, summary
 from llmctl.train.losses import Loss, trained_tokens
 from llmctl.train.optimizer import make_optimizer
 from llmctl.train.patience import Patience
 from llmctl.train.schedule import learning_rate
 from llmctl.train.stop import interrupted, signals
+from llmctl.train.window import Window
 
 # what the progress line shows of an evaluation: the first of these there is
 SHOWN = {"eval_bits_per_byte": "eval bits/byte", "eval_loss": "eval loss"}
@@ -118,14 +119,16 @@ class _Training:
         self.optimizer = make_optimizer(job.model, job.settings)
         self.progress = Progress()
         self.last: dict[str, Any] = {}
-        self.window = _Window(job.compute.device)
+        self.window = Window(job.compute.device)
         self.patience = Patience(job.patience, job.folder)
+        self.started, self.before = time.perf_counter(), 0.0
 
     def run(self) -> dict[str, Any]:
         self._restore()
-        stop = threading.Event()
+        self.started, self.before = time.perf_counter(), self.progress.elapsed
+        stop, resumed = threading.Event(), self.progress.step
         with signals(stop), self.talk.bar("training", self.steps, "steps") as bar:
-            bar.advance(self.progress.step)
+            bar.resume(self.progress.step, self.progress.elapsed)
             if self.progress.step == 0:
                 self._sample()
             while not self._is_over:
@@ -136,10 +139,18 @@ class _Training:
                     self._save()
                 if stop.is_set() and not self._is_over:
                     raise interrupted(self.job.folder, done, self.steps)
+            if self.progress.step > resumed:
+                self.progress.elapsed = self._elapsed
+            bar.advance(0, **end_facts(self.progress, self.last))
         if self.patience.is_out and self.progress.step < self.steps:
             self.talk.say(f"stopped at step {self.progress.step}: the evaluation loss no longer falls")
         self.last |= self.patience.end(self.job.load)
         return summary(self.progress, self.last)
+
+    @property
+    def _elapsed(self) -> float:
+        """Seconds of the run so far, those before it was resumed included."""
+        return self.before + time.perf_counter() - self.started
 
     @property
     def _is_over(self) -> bool:
@@ -176,7 +187,8 @@ class _Training:
         if self.job.after_step is not None:
             self.job.after_step()
         spent = time.perf_counter() - started
-        self.progress = Progress(step + 1, self.progress.tokens + tokens, self.progress.seconds + spent)
+        before = self.progress
+        self.progress = Progress(step + 1, before.tokens + tokens, before.seconds + spent)
         self.window.add(total, tokens, spent, norm, rate)
         count_work(WORK, sum(batch["input_ids"].numel() for batch in micro_batches), spent)
 
@@ -193,7 +205,7 @@ class _Training:
             row = {"step": done, "epoch": done / self.job.batches.steps_per_epoch, **self.window.take()}
             self.last |= row | {"tokens": self.progress.tokens}
             log_row(self.job.folder, row | {"tokens": self.progress.tokens})
-            facts = {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
+            facts = {"loss": f"{row['loss']:.3f}", "tokens/s": f"{row['tokens_per_second']:,.0f}"}
         if self.job.evaluate is not None and (done % every(steps, settings.eval_steps) == 0 or done == steps):
             found = {f"eval_{name}": value for name, value in self._evaluated().items()}
             self.last |= found
@@ -221,6 +233,7 @@ class _Training:
 
     def _save(self) -> None:
         keep = self.settings.save_total_limit
+        self.progress.elapsed, self.progress.window = self._elapsed, self.window.state()
         save_checkpoint(self.job.folder, self.progress, self.optimizer, self.job.save, keep)
 
     def _restore(self) -> None:
@@ -229,6 +242,7 @@ class _Training:
         if found is not None:
             self.job.load(found)
             self.progress = load_training_state(found, self.optimizer)
+            self.window.restore(self.progress.window)
             self.talk.say(f"resuming from step {self.progress.step} of {self.steps}")
         # a run that was killed between its last step and its end still reports what it had found
         for row in cut_rows(self.job.folder, self.progress.step):
@@ -244,33 +258,3 @@ class _Training:
         return diverged(
             self.job.folder, bad, [row for batch in batches for row in batch["input_ids"].tolist()]
         )
-
-
-class _Window:
-    """Sums since the last metrics line."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._clear()
-
-    def _clear(self) -> None:
-        self.loss = torch.zeros((), device=self.device)
-        self.tokens, self.seconds = 0, 0.0
-        self.norm: Tensor | None = None
-        self.rate = 0.0
-
-    def add(self, loss: Tensor, tokens: int, seconds: float, norm: Tensor, rate: float) -> None:
-        self.loss += loss * tokens
-        self.tokens += tokens
-        self.seconds += seconds
-        self.norm, self.rate = norm, rate
-
-    def take(self) -> dict[str, float]:
-        row = {
-            "loss": float(self.loss) / max(1, self.tokens),
-            "grad_norm": float(self.norm) if self.norm is not None else 0.0,
-            "learning_rate": self.rate,
-            "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
-        }
-        self._clear()
-        return row

@@ -39,16 +39,16 @@ from llmctl.train.checkpoint import (
     resume_from,
     save_checkpoint,
 )
-from llmctl.train.journal import BadStep, cut_rows, diverged, log_row, summary
+from llmctl.train.journal import BadStep, cut_rows, diverged, end_facts, log_row, summary
 from llmctl.train.loop import WORK, every, total_steps
 from llmctl.train.optimizer import make_optimizer
 from llmctl.train.schedule import learning_rate
 from llmctl.train.stop import interrupted, signals
+from llmctl.train.window import PairMeans
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from llmctl.train.trainers import Seen
 
 REFERENCE = "reference.pt"
 TRAINER_STATE = "trainer_state.json"  # transformers' own count of steps, in every checkpoint
@@ -119,10 +119,16 @@ class _Run(TrainerCallback):
         self.weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         self.progress = Progress()
         self.last: dict[str, Any] = {}
-        self.step, self.window = _Mean(), _Mean()
+        self.step, self.window = PairMeans(), PairMeans()
         self.norm = self.rate = self.seconds = 0.0
         self.stop = threading.Event()
         self.eval_rows = job.eval_rows
+        self.started, self.before = time.perf_counter(), 0.0
+
+    @property
+    def _elapsed(self) -> float:
+        """Seconds of the run so far, those before it was resumed included."""
+        return self.before + time.perf_counter() - self.started
 
     def train(self) -> dict[str, Any]:
         from llmctl.train.trainers import Setup, make_trainer
@@ -133,18 +139,22 @@ class _Run(TrainerCallback):
         if isinstance(job.objective, DpoSection):
             self._add_reference()
         found = self._restore()
+        self.started, self.before = time.perf_counter(), self.progress.elapsed
         with signals(self.stop), self.talk.bar("training", self.steps, "steps") as self.bar:
-            self.bar.advance(self.progress.step)
+            self.bar.resume(self.progress.step, self.progress.elapsed)
             if self.progress.step < self.steps:
                 torch.manual_seed(self.settings.seed)  # whatever was computed before
                 self.clock = time.perf_counter()
                 self.trainer.train(resume_from_checkpoint=str(found) if found else None)
+                self.progress.elapsed = self._elapsed
+            if self.progress.step == self.steps:
+                self.bar.advance(0, **end_facts(self.progress, self.last))
         if self.progress.step < self.steps:
             raise interrupted(job.folder, self.progress.step, self.steps)
         return summary(self.progress, self.last)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.step = _Mean()
+        self.step = PairMeans()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Clip, which the trainer is told not to do: here a norm that is not finite can still stop the step."""
@@ -196,8 +206,8 @@ class _Run(TrainerCallback):
                 "tokens": self.progress.tokens,
             }
             self._log(row)
-            facts = {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
-            self.window, self.seconds = _Mean(), 0.0
+            facts = {"loss": f"{row['loss']:.3f}", "tokens/s": f"{row['tokens_per_second']:,.0f}"}
+            self.window, self.seconds = PairMeans(), 0.0
         if self.eval_rows and (done % every(steps, self.settings.eval_steps) == 0 or done == steps):
             found = {f"eval_{name}": value for name, value in self._evaluated().items()}
             self._log({"step": done, **found})
@@ -210,7 +220,7 @@ class _Run(TrainerCallback):
         from llmctl.train.trainers import batches
 
         self.model.eval()
-        found = _Mean()
+        found = PairMeans()
         for inputs in batches(self.trainer, self.eval_rows, self.settings.per_device_eval_batch_size):
             found.add(self.trainer.measure(self.model, inputs))
         return found.means()
@@ -224,6 +234,8 @@ class _Run(TrainerCallback):
             self.job.save(folder)
             state.save_to_json(str(folder / TRAINER_STATE))
 
+        self.progress.elapsed = self._elapsed
+        self.progress.window = self.window.state() | {"seconds": self.seconds}
         save_checkpoint(self.job.folder, self.progress, self.optimizer, write, self.settings.save_total_limit)
 
     def _restore(self) -> Path | None:
@@ -233,6 +245,8 @@ class _Run(TrainerCallback):
         if found is not None:
             self.job.load(found)
             self.progress = load_training_state(found, self.optimizer)
+            self.window.restore(self.progress.window)
+            self.seconds = self.progress.window.get("seconds", 0.0)
             self.trainer.lr_scheduler = self._schedule(self.progress.step)
             self.talk.say(f"resuming from step {self.progress.step} of {self.steps}")
         # a run that was killed between its last step and its end still reports what it had found
@@ -301,33 +315,6 @@ class _Run(TrainerCallback):
             self.eval_rows = [
                 {**row, name: value} for row, value in zip(self.eval_rows, values[count:], strict=True)
             ]
-
-
-class _Mean:
-    """Means over pairs, of one step or several."""
-
-    def __init__(self) -> None:
-        self.loss = 0.0  # summed over pairs
-        self.pairs = self.tokens = 0
-        self.figures: dict[str, float] = {}
-
-    def add(self, seen: Seen) -> None:
-        self.pairs += seen.pairs
-        self.tokens += seen.tokens
-        self.loss += float(seen.loss.detach()) * seen.pairs
-        for name, value in seen.figures.items():
-            self.figures[name] = self.figures.get(name, 0.0) + value * seen.pairs
-
-    def merge(self, other: _Mean) -> None:
-        self.pairs += other.pairs
-        self.tokens += other.tokens
-        self.loss += other.loss
-        for name, value in other.figures.items():
-            self.figures[name] = self.figures.get(name, 0.0) + value
-
-    def means(self) -> dict[str, float]:
-        pairs = max(1, self.pairs)
-        return {"loss": self.loss / pairs, **{name: value / pairs for name, value in self.figures.items()}}
 
 
 def _inner(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -9,26 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmctl.errors import Interrupted
+from llmctl.signals import told_of_requests
 
 
 @contextmanager
 def signals(stop: threading.Event) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM set `stop`; a second Ctrl-C stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Let Ctrl-C, SIGTERM and SIGHUP set `stop`; a second Ctrl-C stops at once."""
 
-    def ask(number: int, frame: object) -> None:
+    def ask(number: int) -> None:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with told_of_requests(ask):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def interrupted(run: Path, step: int, steps: int) -> Interrupted:

@@ -151,11 +151,11 @@ BAD = {
             )
         ),
     ),
-    "out is what a run left that did not finish": Bad(
+    "out is what a run of another stage left that did not finish": Bad(
         f"quantize sharp {' '.join(TEXT)} --out left",
-        "left: holds what is left of a run that did not finish",
-        "delete it, or choose another --out",
-        file("left/run.json", json.dumps({"stage": "quantize", "status": "failed"})),
+        "left: the folder is not empty",
+        "choose another --out",
+        file("left/run.json", json.dumps({"stage": "merge", "status": "failed"})),
     ),
     "nothing left to measure on": Bad(
         "quantize sharp --calibration short.txt --out out",

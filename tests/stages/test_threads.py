@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmctl.cli.options import FLAGS
 from llmctl.errors import UserError
 from llmctl.kernels import threads
 from llmctl.kernels.threads import Choice, Work
@@ -41,6 +42,7 @@ STAGES: dict[str, tuple[str, list[str], set[str]]] = {
     "generate": ("generate", ["base", "Anna", "--ignore-eos", "--max-new-tokens", "4"], {"decoding"}),
     "eval": ("eval", ["base", "--data", "talks.jsonl", "--answers"], {"evaluation", "exact completion"}),
     "chat": ("chat", [], {"decoding"}),
+    "convert": ("", ["base", "--out", "out"], set()),
 }  # fmt: skip
 
 
@@ -66,16 +68,16 @@ def prefs(talking: Path) -> Path:
     return talking
 
 
-def run(stage: str, setting: str, llmctl: Program) -> None:
+def run(stage: str, setting: str, llmctl: Program, *, flag: bool) -> None:
     section, words, _ = STAGES[stage]
-    field = [f"{section}.threads={setting}"]
+    field = [f"{section}.threads={setting}".lstrip(".")]
     if stage == "chat":
         more = ["chat.max_new_tokens=4", "chat.ignore_eos=true"]
         chat.begin(load_recipe(ChatRecipe, None, {"base": "base"}, field + more), Said()).ask("Anna")
         return
     if stage == "score":
         assert llmctl("reward", *STAGES["reward"][1][:-1], "scorer", "train.threads=1").code == 0
-    outcome = llmctl(stage, *words, *field)
+    outcome = llmctl(stage, *words, *(["--threads", setting] if flag else field))
     assert outcome.code == 0, outcome.err
 
 
@@ -83,10 +85,21 @@ def test_every_stage_with_the_field_is_here() -> None:
     have = {
         name
         for name, kind in RECIPES.items()
-        for field in kind.model_fields.values()
-        if "threads" in getattr(field.annotation, "model_fields", {})
+        for key, field in kind.model_fields.items()
+        if key == "threads" or "threads" in getattr(field.annotation, "model_fields", {})
     }
     assert have == STAGES.keys()
+
+
+def test_the_flag_sets_the_field_of_every_stage() -> None:
+    flags = {stage: names["threads"] for stage, names in FLAGS.items() if "threads" in names}
+    assert flags == {stage: f"{section}.threads".lstrip(".") for stage, (section, *_) in STAGES.items()}
+
+
+def test_a_flag_that_is_no_number_of_threads(talking: Path, llmctl: Program) -> None:
+    outcome = llmctl("eval", "base", "--data", "data.jsonl", "--threads", "many")
+    assert outcome.code == 1
+    assert "eval.threads: `many` is neither a number of threads (1 to 1,024) nor auto" in outcome.err
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -95,7 +108,7 @@ def test_a_number_is_used_and_nothing_is_watched(
 ) -> None:
     monkeypatch.setattr(threads, "look", lambda: Choice(2, 2, "2 cores"))
     torch.set_num_threads(2)
-    run(stage, "1", llmctl)
+    run(stage, "1", llmctl, flag=True)
     assert torch.get_num_threads() == 1 and not told
 
 
@@ -104,7 +117,7 @@ def test_auto_is_chosen_and_long_work_is_told_of(
     stage: str, prefs: Path, told: set[str], llmctl: Program
 ) -> None:
     torch.set_num_threads(2)
-    run(stage, "auto", llmctl)
+    run(stage, "auto", llmctl, flag=False)
     assert torch.get_num_threads() == 1
     assert told == STAGES[stage][2]
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import signal
+import time
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from llmctl.cli.output import duration
+from llmctl.cli.progress import PlainTalk
 from llmctl.data.batches import Batches, Laid
 from llmctl.data.packing import cut, pack, unpacked
 from llmctl.errors import CheckFailed, Interrupted, UserError
@@ -113,6 +117,56 @@ def test_resume_is_bit_equal(tmp_path, stop_after, dtype):
     one, two = rows_of(tmp_path / "whole"), rows_of(tmp_path / "cut")
     assert [row["loss"] for row in one] == [row["loss"] for row in two]
     assert [row["step"] for row in two] == list(range(1, 13))
+
+
+def test_a_resumed_run_writes_the_same_lines(tmp_path):
+    """A line averages five steps, and a checkpoint is written in the middle of them: its sums go on."""
+    settings = {"logging_steps": 5, "save_steps": 3, "eval_steps": 4}
+    evaluate = lambda: {"loss": 1.0}  # noqa: E731
+    train(job(tmp_path / "whole", evaluate=evaluate, **settings), SILENT)
+    for index in (4, 8, 11):
+        cut_short = job(tmp_path / "cut", evaluate=evaluate, **settings)
+        step = cut_short.batches.step
+
+        def killed(asked, at=index, step=step):
+            if asked == at:
+                raise RuntimeError("power cut")
+            return step(asked)
+
+        cut_short.batches.step = killed
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(cut_short, SILENT)
+    train(job(tmp_path / "cut", evaluate=evaluate, **settings), SILENT)
+    lines = [
+        [
+            {name: value for name, value in row.items() if name != "tokens_per_second"}
+            for row in rows_of(folder)
+        ]
+        for folder in (tmp_path / "whole", tmp_path / "cut")
+    ]
+    assert lines[0] == lines[1]
+    assert [row["step"] for row in lines[0] if "loss" in row] == [5, 10, 12]
+
+
+def test_the_bar_ends_with_the_figures_of_the_table(tmp_path):
+    """Seconds are those of the whole training, and the speed that of the whole run; both go on after a resumption."""
+    said = io.StringIO()
+    slow = lambda: time.sleep(0.3) or {"loss": 1.0}  # noqa: E731
+    for stop in (7, None):
+        made = job(tmp_path / "a", evaluate=slow, save_steps=1, eval_steps=2)
+        step = made.batches.step
+        made.batches.step = lambda asked, stop=stop, step=step: 1 / 0 if asked == stop else step(asked)
+        try:
+            found = train(made, PlainTalk(said))
+        except ZeroDivisionError:
+            continue
+    assert found["seconds"] >= 6 * 0.3
+    line = next(line for line in said.getvalue().splitlines() if line.startswith("training: 12 steps in "))
+    assert f" in {duration(found['seconds'])} · " in line
+    assert f" · loss {found['loss']:.3f}" in line
+    assert f" · tokens/s {found['tokens_per_second']:,.0f} · " in line
+    pace = found["tokens"] / found["tokens_per_second"]
+    assert pace < found["seconds"] - 1.5, "the speed is that of the steps alone"
 
 
 def test_ctrl_c_saves_and_resumes_exactly(tmp_path):
