@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from llmctl.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmctl.runs import read_manifest
 from tests.program import Program
-from tests.stages.bad_input import WEIGHTS, Bad, check, snapshot, told
+from tests.stages.bad_input import WEIGHTS, Bad, check, snapshot, told, unsealed
 from tests.stages.conftest import FEW, TUNE
 
 
@@ -22,7 +22,7 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
     """A maker of other tensors in `adapter`."""
 
     def make(here: Path) -> None:
-        path = here / "adapter" / ADAPTER_WEIGHTS
+        path = unsealed(here / "adapter") / ADAPTER_WEIGHTS
         found = load_file(path)
         change(found)
         save_file(found, path, metadata={"format": "pt"})
@@ -37,7 +37,7 @@ def another_base(here: Path) -> None:
     (here / "adapter" / "run.json").write_text(json.dumps(about))
     settings = json.loads((here / "adapter" / ADAPTER_CONFIG).read_text())
     (here / "adapter" / ADAPTER_CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": "base"}))
-    found = load_file(here / "base" / WEIGHTS)
+    found = load_file(unsealed(here / "base") / WEIGHTS)
     found["model.norm.weight"][0] += 1
     save_file(found, here / "base" / WEIGHTS, metadata={"format": "pt"})
 
@@ -71,7 +71,7 @@ MODELS = {
         "{command} adapter {rest}",
         f"adapter: no {ADAPTER_WEIGHTS}",
         "copy the adapter again",
-        lambda here: (here / "adapter" / ADAPTER_WEIGHTS).unlink(),
+        lambda here: (unsealed(here / "adapter") / ADAPTER_WEIGHTS).unlink(),
     ),
     "an adapter with a hole": Bad(
         "{command} adapter {rest}",
@@ -113,6 +113,10 @@ def test_models(name: str, command: str, talking: Path, llmctl: Program) -> None
 # --- resume ------------------------------------------------------------------------------------------
 
 DIFFERENT = "resume with the same recipe, or start a new run with another --out"
+WITH = (
+    "resume with the same recipe, add --resume-with to go on with the new values, "
+    "or start a new run with another --out"
+)
 PUT_BACK = "put it back, or start a new run with another --out"
 
 
@@ -129,7 +133,8 @@ PUT_BACK = "put it back, or start a new run with another --out"
 def test_resume_with_another_recipe(words: str, error: str, talking: Path, llmctl: Program) -> None:
     begun(talking, llmctl)
     before = snapshot(talking)
-    told(llmctl("sft", "--out", "out", "--resume", *words.split()), Bad(words, error, DIFFERENT))
+    hint = WITH if words.startswith(("--seed", "--template")) else DIFFERENT
+    told(llmctl("sft", "--out", "out", "--resume", *words.split()), Bad(words, error, hint))
     assert snapshot(talking) == before
 
 
@@ -145,6 +150,8 @@ def test_resume_with_other_inputs(
 ) -> None:
     begun(talking, llmctl)
     path = talking / name
+    if path.parent != talking:
+        unsealed(path.parent)
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new, 1))
     before = snapshot(talking)

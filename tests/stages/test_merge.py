@@ -25,7 +25,7 @@ from llmctl.runs import folder_hash, read_manifest
 from llmctl.stages import merge, sft
 from llmctl.talk import SILENT
 from tests.program import Outcome, Program
-from tests.stages.bad_input import WEIGHTS, Bad, snapshot, told
+from tests.stages.bad_input import WEIGHTS, Bad, snapshot, told, unsealed
 from tests.stages.conftest import FEW, VOCABULARY
 
 QUICK = ["compare.answers=1", "compare.max_new_tokens=4"]
@@ -69,8 +69,8 @@ def did(outcome: Outcome) -> dict[str, Any]:
 
 
 def changed(path: Path, change: Callable[[Tensors], object]) -> None:
-    """Change tensors of a file in place."""
-    found = load_file(path)
+    """Change tensors of a file in a run in place."""
+    found = load_file(unsealed(path.parent) / path.name)
     change(found)
     save_file(found, path, metadata={"format": "pt"})
 
@@ -212,10 +212,11 @@ def test_a_dead_adapter(room: Path, llmctl: Program) -> None:
 def test_a_wrong_scale(alpha: int, room: Path, llmctl: Program) -> None:
     """Merged by another tool, which took another alpha."""
     shutil.copytree(room / "run", room / "wrong")
-    path = room / "wrong" / ADAPTER_CONFIG
+    path = unsealed(room / "wrong") / ADAPTER_CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": alpha}))
     merged = open_folded("wrong", torch.float32)
     shutil.copytree(room / "sharp", room / "merged")
+    (room / "merged" / "run.json").unlink(missing_ok=True)
     save_model(merged, room / "merged")
     words = ["compare", "run", "merged", "--data", "talks.jsonl", "--json", *QUICK]
     outcome = llmctl(*words)
@@ -265,9 +266,10 @@ DAMAGE = {"flipped 0": flipped(0), "flipped 1": flipped(1), "flipped 2": flipped
 def test_damage_to_a_merged_file(how: str, room: Path, llmctl: Program) -> None:
     did(llmctl("merge", "run", "--out", "out", "--json", *QUICK))
     DAMAGE[how](room / "out" / WEIGHTS)
-    drifted(
-        llmctl("compare", "run", "out", "--data", "talks.jsonl", "--json", *QUICK), "out is not what run is: "
-    )
+    compared = ("compare", "run", "out", "--data", "talks.jsonl", "--json", *QUICK)
+    assert f"error: out/{WEIGHTS}: damaged: its bytes" in llmctl(*compared).err
+    unsealed(room / "out")  # nor does it pass where there are no hashes
+    drifted(llmctl(*compared), "out is not what run is: ")
 
 
 @pytest.mark.parametrize("how", ["flipped 0", "NaN"])

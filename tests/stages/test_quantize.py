@@ -16,6 +16,7 @@ from llmctl.model.open import open_folded, open_model
 from llmctl.runs import read_manifest
 from llmctl.stages import quantize
 from tests.program import Program
+from tests.stages.bad_input import unsealed
 from tests.stages.conftest import VOCABULARY
 from tests.stages.test_merge import did
 
@@ -272,7 +273,7 @@ def test_the_gate_finds_a_fault_planted_in_the_file(sharp: Path, llmctl: Program
     compare = ["compare", "sharp", "out", "--data", "data.jsonl", *QUICK[:2], *bounds]
     good = llmctl(*compare)
     assert good.code == 0, good.err
-    tensors = load_file(sharp / "out" / "model.safetensors")
+    tensors = load_file(unsealed(sharp / "out") / "model.safetensors")
     plant(tensors)
     save_file(tensors, sharp / "out" / "model.safetensors", metadata={"format": "pt"})
     outcome = llmctl(*compare)

@@ -18,7 +18,7 @@ from llmctl.model.open import open_model
 from llmctl.recipe.model import ModelSection
 from llmctl.runs import folder_hash, read_manifest
 from tests.program import Outcome, Program
-from tests.stages.bad_input import WEIGHTS, Bad, snapshot, told
+from tests.stages.bad_input import WEIGHTS, Bad, snapshot, told, unsealed
 from tests.stages.conftest import FEW, RECORDS, TUNE, VOCABULARY
 
 CUT = "data.overlong=truncate"  # where a template is longer than the tiny context allows
@@ -252,7 +252,7 @@ def test_transformers_and_peft_open_the_run(talking: Path, llmctl: Program) -> N
 
 def test_generation_ends_with_the_turn(talking: Path, llmctl: Program) -> None:
     """The end of a turn is made the likeliest token of all: generation stops at it."""
-    path = talking / "adapter" / ADAPTER_WEIGHTS
+    path = unsealed(talking / "adapter") / ADAPTER_WEIGHTS
     found = adapter_of(talking / "adapter")
     name = next(name for name in found if "trainable_tokens_delta" in name)
     hidden = open_model(talking / "adapter")
