@@ -3,15 +3,15 @@
     runs/NAME/  run.json  recipe.yaml  metrics.jsonl  run.lock  checkpoints/  + the stage's own output
 
 `status` is running, done, refused (finished, but its own check found it too far from what it was made
-from), failed or interrupted. A crash leaves `running`, and `--resume` works
-from it. The lock holds pid, host and the start time of the process, so a stale one is told from a
-live one.
+from), failed or interrupted. A crash leaves `running`, and `--resume` works from it. The lock holds pid,
+host and the start time of the process, so a stale one is told from a live one.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -287,7 +287,7 @@ class Run:
             manifest |= {
                 "status": "running",
                 "versions": versions(),
-                "command": " ".join(sys.argv[1:]),
+                "command": shlex.join(sys.argv[1:]),
                 **fields,
             }
             write_atomic(path / RECIPE, recipe_text)

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from llmctl.cli.options import AsJson, RecipeFile, Words, flag
-from llmctl.cli.output import figure, print_json, print_listing, print_table, size
 from llmctl.cli.progress import make_talk
+from llmctl.cli.run_page import show_result
 from llmctl.cli.tune import Accept, checked, show_answers
-
-FEW = 6  # layers that are named; run.json lists them all
-# title, metric before, metric after, how it is shown
-BEFORE_AFTER = (
-    ("weights", "size_bytes_before", "size_bytes", size),
-    ("perplexity", "perplexity_before", "perplexity", figure),
-    ("tokens/s", "tokens_per_second_before", "tokens_per_second", figure),
-    ("answers that end", "stop_rate_a", "stop_rate_b", figure),
-)
 
 
 def quantize(
@@ -50,29 +41,13 @@ def quantize(
     from llmctl.stages import quantize as stage
 
     result = stage.run(recipe_checked, make_talk(), accept=accept)
-    if as_json:
-        print_json({"run": result.path, "metrics": result.metrics})
-    else:
-        print_receipt(str(result.path), dict(result.metrics))
+    if not as_json:  # before the figures, so that these are what a small screen ends with
+        show_answers(result.metrics.get("answers", []))
+        print()
+    show_result("quantize", result, as_json)
 
 
 def _group_size(text: str) -> int | str:
     if text.isascii() and text.isdigit():
         return int(text)
     return text  # `channel`, or what the recipe's check refuses by name
-
-
-def print_receipt(run: str, found: dict[str, Any]) -> None:
-    """The answers of both models, then the figures, so that these are what a small screen ends with."""
-    show_answers(found.pop("answers", []))
-    rows = []
-    for title, *keys, shown in BEFORE_AFTER:
-        before, after = (found.pop(key) for key in keys)
-        if before is not None:
-            rows.append((title, shown(before), shown(after)))
-    print()
-    print_table(("", "before", "after"), rows)
-    print()
-    kept = found.pop("kept")
-    named = ", ".join(kept[:FEW]) + (f" and {len(kept) - FEW} more" if len(kept) > FEW else "")
-    print_listing({"run": run, **found, "in full": named or "none"})

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from llmctl.cli.options import AsJson
-from llmctl.cli.output import age, figure, print_json, print_listing, print_table, size
+from llmctl.cli.output import age, figure, print_json, print_table, size
+from llmctl.cli.run_page import print_run
 from llmctl.errors import UserError, nearest
 from llmctl.runs import RUNS, find_parent, find_runs, read_manifest, status_of
 
@@ -19,7 +20,6 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", hidden=True)]
 
 # The figures worth a column, the most telling first.
 TELLING = ("bits_per_byte", "eval_bits_per_byte", "eval_loss", "loss", "perplexity", "bytes_per_token")
-LISTED_APART = ("format", "outputs", "parents", "versions", "metrics")
 
 
 def list_runs(folder: Folder = None, as_json: AsJson = False) -> None:
@@ -70,26 +70,18 @@ def _bytes(run: Path) -> int:
 
 
 def show(run: RunName, folder: Folder = None, as_json: AsJson = False) -> None:
-    """Show what RUN is.
+    """Show what RUN is, from what, how it went, what is next.
 
-    RUN is the path of a run folder, or a name that `llmctl runs list` shows."""
+    RUN is the path of a run folder, or a name that `llmctl runs list` shows. With --json all that its
+    manifest holds: hashes, versions, every count.
+    """
     path = _find(run, folder)
     manifest = read_manifest(path)
     manifest["status"] = status_of(path, manifest)
     if as_json:
         print_json({"path": path, **manifest})
         return
-    short = {"path": str(path)} | {
-        key: value for key, value in manifest.items() if value is not None and key not in LISTED_APART
-    }
-    print_listing(short)
-    for key in ("metrics", "parents", "versions"):
-        if manifest.get(key):
-            print()
-            print_listing({key: manifest[key]})
-    if manifest.get("outputs"):
-        print("\noutputs")
-        print_listing({name: digest[:12] for name, digest in manifest["outputs"].items()}, indent=2)
+    print_run(path, manifest, _bytes(path))
 
 
 def lineage(run: RunName, folder: Folder = None, as_json: AsJson = False) -> None:

@@ -23,6 +23,7 @@ from llmctl.cli.options import (
 )
 from llmctl.cli.output import print_json, print_listing
 from llmctl.cli.progress import make_talk
+from llmctl.cli.run_page import show_result
 from llmctl.errors import UsageError, UserError
 
 
@@ -62,12 +63,7 @@ def pretrain(
     from llmctl.stages import pretrain as stage
 
     result = stage.run(checked, make_talk(), resume=resume, dry_run=dry_run)
-    if dry_run:
-        (print_json if as_json else print_listing)(result.metrics)
-    elif as_json:
-        print_json({"run": result.path, "metrics": result.metrics})
-    else:
-        print_listing({"run": str(result.path), **result.metrics})
+    show_result("pretrain", result, as_json)
 
 
 def generate(

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from llmctl.cli.options import AsJson, DataWords, RecipeFile, flag, given, split_words
-from llmctl.cli.output import print_json, print_listing, print_table
+from llmctl.cli.output import print_json, print_table
 from llmctl.cli.progress import make_talk
+from llmctl.cli.run_page import show_result
 from llmctl.recipe.words import WORDS
 
 
@@ -34,10 +35,7 @@ def train(
     from llmctl.stages import tokenizer as stage
 
     result = stage.run(checked, make_talk())
-    if as_json:
-        print_json({"run": result.path, "metrics": result.metrics})
-    else:
-        print_listing({"run": str(result.path), **result.metrics})
+    show_result("tokenizer", result, as_json)
 
 
 def evaluate(

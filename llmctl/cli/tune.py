@@ -18,6 +18,7 @@ from llmctl.cli.options import (
 )
 from llmctl.cli.output import print_json, print_listing
 from llmctl.cli.progress import make_talk
+from llmctl.cli.run_page import show_result
 from llmctl.errors import UsageError
 
 Accept = Annotated[bool, typer.Option("--accept", help="keep the result though its check refuses it")]
@@ -57,7 +58,7 @@ def sft(
     settled = checked(SftRecipe, ctx, "sft", words, recipe, resume)
     from llmctl.stages import sft as stage
 
-    _show(stage.run(settled, make_talk(), resume=resume, dry_run=dry_run), as_json)
+    show_result("sft", stage.run(settled, make_talk(), resume=resume, dry_run=dry_run), as_json)
 
 
 def reward(
@@ -87,7 +88,7 @@ def reward(
     settled = checked(RewardRecipe, ctx, "reward", words, recipe, resume)
     from llmctl.stages import reward as stage
 
-    _show(stage.run(settled, make_talk(), resume=resume), as_json)
+    show_result("reward", stage.run(settled, make_talk(), resume=resume), as_json)
 
 
 def dpo(
@@ -119,7 +120,7 @@ def dpo(
     settled = checked(DpoRecipe, ctx, "dpo", words, recipe, resume)
     from llmctl.stages import dpo as stage
 
-    _show(stage.run(settled, make_talk(), resume=resume), as_json)
+    show_result("dpo", stage.run(settled, make_talk(), resume=resume), as_json)
 
 
 def score(
@@ -172,10 +173,9 @@ def merge(
     from llmctl.stages import merge as stage
 
     result = stage.run(settled, make_talk(), accept=accept)
-    if as_json:
-        print_json({"run": result.path, "metrics": result.metrics})
-    else:
-        _show_comparison({"run": str(result.path), **result.metrics})
+    if not as_json:
+        show_answers(result.metrics.get("answers", []))
+    show_result("merge", result, as_json)
 
 
 def convert(
@@ -198,7 +198,7 @@ def convert(
     settled = checked(ConvertRecipe, ctx, "convert", words, recipe, False)
     from llmctl.stages import convert as stage
 
-    _show(stage.run(settled, make_talk()), as_json)
+    show_result("convert", stage.run(settled, make_talk()), as_json)
 
 
 def compare(
@@ -267,15 +267,6 @@ def _method(ctx: typer.Context) -> str | None:
     if len(named) > 1:
         raise UsageError(f"--{named[0]} and --{named[1]} exclude each other", "give one of them")
     return named[0] if named else None
-
-
-def _show(result: Any, as_json: bool) -> None:
-    if result.path is None:
-        (print_json if as_json else print_listing)(result.metrics)
-    elif as_json:
-        print_json({"run": result.path, "metrics": result.metrics})
-    else:
-        print_listing({"run": str(result.path), **result.metrics})
 
 
 def _show_comparison(found: dict[str, Any]) -> None:

@@ -70,7 +70,7 @@ def train_on_pairs(recipe: RewardRecipe | DpoRecipe, talk: Talk, *, resume: bool
         metrics = train_preferences(_job(recipe, base, model, rows, held, out), talk)
         metrics |= {"trained_parameters": trained, **_judged(metrics, held)}
         install(model.save, out)
-        write_report(out, stage, metrics, [])
+        write_report(opened, metrics, [])
         opened.finish(metrics)
     return RunResult(out, metrics)
 

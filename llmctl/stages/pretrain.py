@@ -23,6 +23,7 @@ from llmctl.recipe.generate import GenerateSection
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.schema import PretrainRecipe
+from llmctl.report import Sample
 from llmctl.runs import Run, RunResult, check_out, default_out, finished_metrics
 from llmctl.stages.finish import install, write_report
 from llmctl.stages.generate import continue_ids, prompt_ids
@@ -111,7 +112,7 @@ def run(recipe: PretrainRecipe, talk: Talk, *, resume: bool = False, dry_run: bo
         job = _job(recipe, inputs, model, train_rows, eval_rows, out)
         metrics = train(job, talk)
         install(partial(_save_files, model, inputs.tokenizer), out)
-        write_report(out, STAGE, metrics, _samples(out, inputs))
+        write_report(opened, metrics, _samples(out, inputs, metrics["steps"]))
         opened.finish(metrics)
     return RunResult(out, metrics)
 
@@ -196,7 +197,7 @@ def _save_files(model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast, fo
     tokenizer.save_pretrained(folder)
 
 
-def _samples(out: Path, inputs: Inputs) -> list[tuple[str, str]]:
+def _samples(out: Path, inputs: Inputs, step: int) -> list[Sample]:
     """What the model that was just written says when it begins from nothing."""
     tokenizer = inputs.tokenizer
     model = load_model(out, device=inputs.compute.device)
@@ -204,7 +205,8 @@ def _samples(out: Path, inputs: Inputs) -> list[tuple[str, str]]:
     samples = []
     for seed in range(SAMPLES if ids else 0):
         settings = GenerateSection(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_p=0.95, seed=seed)
-        samples.append(("", continue_ids(model, tokenizer, ids, settings, SILENT, None)["text"]))
+        text = continue_ids(model, tokenizer, ids, settings, SILENT, None)["text"]
+        samples.append(Sample(step, "", text))
     return samples
 
 

@@ -93,7 +93,7 @@ def run(recipe: SftRecipe, talk: Talk, *, resume: bool = False, dry_run: bool = 
         metrics = train(_job(recipe, base, model, rows, held, out, talk), talk)
         metrics["trained_parameters"] = trained
         install(model.save, out)
-        write_report(out, STAGE, metrics, first_and_last_samples(out))
+        write_report(opened, metrics, first_and_last_samples(out))
         opened.finish(metrics)
         forget_best(out)
     return RunResult(out, metrics)
