@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmctl.cli.options import AsJson, RecipeFile, Words, flag
+from llmctl.cli.options import AsJson, DryRun, RecipeFile, Words, flag
 from llmctl.cli.progress import make_talk
 from llmctl.cli.run_page import show_result
 from llmctl.cli.tune import Accept, checked, show_answers
@@ -24,6 +24,7 @@ def quantize(
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("quantize", "device", "NAME")] = None,
     accept: Accept = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Store MODEL in a few bits, and measure the loss.
@@ -40,8 +41,8 @@ def quantize(
     recipe_checked = checked(QuantizeRecipe, ctx, "quantize", words, recipe, False)
     from llmctl.stages import quantize as stage
 
-    result = stage.run(recipe_checked, make_talk(), accept=accept)
-    if not as_json:  # before the figures, so that these are what a small screen ends with
+    result = stage.run(recipe_checked, make_talk(), accept=accept, dry_run=dry_run)
+    if not as_json and not dry_run:  # before the figures, so that these are what a small screen ends with
         show_answers(result.metrics.get("answers", []))
         print()
     show_result("quantize", result, as_json)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmctl.cli.output import cell_width, figure, print_json, print_listing
+from llmctl.cli.output import cell_width, duration, figure, print_json, size
 from llmctl.errors import UserError
 from llmctl.runs import METRICS, read_manifest, status_of
 from llmctl.summary import Lines, Summary, summarize
@@ -21,6 +21,7 @@ CURVE_ROWS = 8  # lines of text that a curve takes, without its axis
 NARROWEST_CURVE, WIDEST_CURVE = 24, 72  # columns
 MARGIN = 2
 LONGEST = 16 << 20  # bytes of metrics.jsonl that a page reads
+COSTS = ("memory_bytes", "memory_available_bytes", "disk_bytes", "disk_free_bytes")  # of a plan
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of a braille character: by column, then by row
 BRAILLE = 0x2800
 
@@ -67,7 +68,7 @@ def show_result(stage: str, result: Any, as_json: bool) -> None:
     `result` is the RunResult of the stage; that of a dry run has no path.
     """
     if result.path is None:
-        (print_json if as_json else print_listing)(result.metrics)
+        (print_json if as_json else print_plan)(result.metrics)
     elif as_json:
         print_json({"run": result.path, "metrics": result.metrics})
     else:
@@ -84,6 +85,32 @@ def _summary_of(stage: str, run: Path, metrics: dict[str, Any]) -> Summary:
     except UserError:  # somebody removed it meanwhile
         manifest = {"stage": stage, "status": "done"}
     return summarize(str(run), manifest | {"metrics": metrics}, metrics_rows(run))
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """What a run will do and take; memory and disk beside what there is of them."""
+    told = dict(plan)
+    seconds, out = told.pop("seconds", None), told.pop("out", None)
+    lines = [(name.replace("_", " "), figure(value)) for name, value in told.items() if name not in COSTS]
+    if seconds is not None:
+        lines.append(("time", f"about {duration(seconds)}"))
+    parts: Lines = []
+    for name, key, there, word in (
+        ("memory", "memory_bytes", "memory_available_bytes", "available"),
+        ("disk", "disk_bytes", "disk_free_bytes", f"free for {out}"),
+    ):
+        if isinstance(told.get(key), dict):
+            needed, has = told[key]["total"], told.get(there)
+            beside = f" of {size(has)} {word}" if has is not None else ""
+            short = "; more than there is" if has is not None and needed > has else ""
+            lines.append((name, f"{size(needed)}{beside}{short}"))
+            parts += [
+                (f"{name}: {part}", size(count)) for part, count in told[key].items() if part != "total"
+            ]
+    print_lines(lines)
+    if parts:
+        print()
+        print_lines(parts)
 
 
 def print_next(summary: Summary) -> None:

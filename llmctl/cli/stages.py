@@ -12,6 +12,7 @@ import typer
 
 from llmctl.cli.options import (
     AsJson,
+    DryRun,
     Overrides,
     RecipeFile,
     Words,
@@ -23,7 +24,7 @@ from llmctl.cli.options import (
 )
 from llmctl.cli.output import print_json, print_listing
 from llmctl.cli.progress import make_talk
-from llmctl.cli.run_page import show_result
+from llmctl.cli.run_page import print_plan, show_result
 from llmctl.errors import UsageError, UserError
 
 
@@ -40,7 +41,7 @@ def pretrain(
     device: Annotated[str | None, flag("pretrain", "device", "NAME")] = None,
     dtype: Annotated[str | None, flag("pretrain", "dtype", "NAME")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a language model on text.
@@ -123,6 +124,7 @@ def evaluate(
     answers: Annotated[bool | None, flag("eval", "answers")] = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("eval", "device", "NAME")] = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well MODEL predicts text.
@@ -140,8 +142,10 @@ def evaluate(
         raise UsageError("missing argument MODEL", "name a run folder, a Hugging Face folder or a hub id")
     from llmctl.stages import evaluate as stage
 
-    result = stage.run(checked, make_talk())
+    result = stage.run(checked, make_talk(), dry_run=dry_run)
     if as_json:
         print_json(result)
+    elif dry_run:
+        print_plan(result)
     else:
         print_listing({name: value for name, value in result.items() if name != "matches"})

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmctl.cli.options import AsJson, DataWords, RecipeFile, flag, given, split_words
+from llmctl.cli.options import AsJson, DataWords, DryRun, RecipeFile, flag, given, split_words
 from llmctl.cli.output import print_json, print_table
 from llmctl.cli.progress import make_talk
 from llmctl.cli.run_page import show_result
@@ -20,6 +20,7 @@ def train(
     vocab_size: Annotated[int | None, flag("tokenizer", "vocab_size", "N")] = None,
     out: Annotated[str | None, flag("tokenizer", "out", "DIR")] = None,
     recipe: RecipeFile = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Learn a tokenizer from DATA.
@@ -34,7 +35,7 @@ def train(
     checked = load_recipe(TokenizerRecipe, recipe, flags, overrides)
     from llmctl.stages import tokenizer as stage
 
-    result = stage.run(checked, make_talk())
+    result = stage.run(checked, make_talk(), dry_run=dry_run)
     show_result("tokenizer", result, as_json)
 
 

@@ -8,6 +8,7 @@ import typer
 
 from llmctl.cli.options import (
     AsJson,
+    DryRun,
     RecipeFile,
     Words,
     flag,
@@ -18,12 +19,11 @@ from llmctl.cli.options import (
 )
 from llmctl.cli.output import print_json, print_listing
 from llmctl.cli.progress import make_talk
-from llmctl.cli.run_page import show_result
+from llmctl.cli.run_page import print_plan, show_result
 from llmctl.errors import UsageError
 
 Accept = Annotated[bool, typer.Option("--accept", help="keep the result though its check refuses it")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with the run in --out")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 MODEL = "name a run folder, a Hugging Face folder or a hub id"
 SHOWN = 60  # characters of an answer in the listing of a comparison
 
@@ -77,6 +77,7 @@ def reward(
     device: Annotated[str | None, flag("reward", "device", "NAME")] = None,
     dtype: Annotated[str | None, flag("reward", "dtype", "NAME")] = None,
     resume: Resume = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a reward model of MODEL, from preferences.
@@ -88,7 +89,7 @@ def reward(
     settled = checked(RewardRecipe, ctx, "reward", words, recipe, resume)
     from llmctl.stages import reward as stage
 
-    show_result("reward", stage.run(settled, make_talk(), resume=resume), as_json)
+    show_result("reward", stage.run(settled, make_talk(), resume=resume, dry_run=dry_run), as_json)
 
 
 def dpo(
@@ -108,6 +109,7 @@ def dpo(
     device: Annotated[str | None, flag("dpo", "device", "NAME")] = None,
     dtype: Annotated[str | None, flag("dpo", "dtype", "NAME")] = None,
     resume: Resume = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Let MODEL prefer the chosen answers, from preferences.
@@ -120,7 +122,7 @@ def dpo(
     settled = checked(DpoRecipe, ctx, "dpo", words, recipe, resume)
     from llmctl.stages import dpo as stage
 
-    show_result("dpo", stage.run(settled, make_talk(), resume=resume), as_json)
+    show_result("dpo", stage.run(settled, make_talk(), resume=resume, dry_run=dry_run), as_json)
 
 
 def score(
@@ -129,6 +131,7 @@ def score(
     data: Annotated[list[str] | None, flag("score", "data", "PATH", many=True)] = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("score", "device", "NAME")] = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Rank answers with a reward MODEL.
@@ -141,9 +144,12 @@ def score(
     settled = checked(ScoreRecipe, ctx, "score", words, recipe, False)
     from llmctl.stages import score as stage
 
-    found = stage.run(settled, make_talk())
+    found = stage.run(settled, make_talk(), dry_run=dry_run)
     if as_json:
         print_json(found)
+        return
+    if dry_run:
+        print_plan(found)
         return
     for row in found.pop("rows"):
         print(f"{row['score']:+9.4f}  {row.get('side', ''):8}  {row['place']}  {_short(row['answer'])}")
@@ -159,6 +165,7 @@ def merge(
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("merge", "device", "NAME")] = None,
     accept: Accept = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Fold the adapter of RUN into its base, and prove the result.
@@ -172,8 +179,8 @@ def merge(
     settled = checked(MergeRecipe, ctx, "merge", words, recipe, False)
     from llmctl.stages import merge as stage
 
-    result = stage.run(settled, make_talk(), accept=accept)
-    if not as_json:
+    result = stage.run(settled, make_talk(), accept=accept, dry_run=dry_run)
+    if not as_json and not dry_run:
         show_answers(result.metrics.get("answers", []))
     show_result("merge", result, as_json)
 
@@ -186,6 +193,7 @@ def convert(
     out: Annotated[str | None, flag("convert", "out", "DIR")] = None,
     allow_pickle: Annotated[bool | None, flag("convert", "allow_pickle")] = None,
     recipe: RecipeFile = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Write MODEL as another family, or in another precision.
@@ -198,7 +206,7 @@ def convert(
     settled = checked(ConvertRecipe, ctx, "convert", words, recipe, False)
     from llmctl.stages import convert as stage
 
-    show_result("convert", stage.run(settled, make_talk()), as_json)
+    show_result("convert", stage.run(settled, make_talk(), dry_run=dry_run), as_json)
 
 
 def compare(
@@ -209,6 +217,7 @@ def compare(
     max_kl: Annotated[float | None, flag("compare", "max_kl", "NATS")] = None,
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("compare", "device", "NAME")] = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare models A and B on the same data: odds and answers.
@@ -233,7 +242,10 @@ def compare(
     from llmctl.stages import compare as stage
     from llmctl.stages.gate import refuse_drift
 
-    found = stage.run(settled, make_talk())
+    found = stage.run(settled, make_talk(), dry_run=dry_run)
+    if dry_run:
+        (print_json if as_json else print_plan)(found)
+        return
     if as_json:
         print_json(found)
     else:

@@ -19,6 +19,7 @@ from llmctl.model.families import write_config
 from llmctl.model.open import open_config, open_folded
 from llmctl.model.paths import mixing_paths, said
 from llmctl.model.steps import after_step
+from llmctl.plan.disk import refuse_small_disk
 from llmctl.recipe.generate import GenerateSection
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.model import ModelSection
@@ -27,7 +28,7 @@ from llmctl.report import Sample
 from llmctl.runs import Run, RunResult, check_out, default_out, finished_metrics
 from llmctl.stages.finish import install, write_report
 from llmctl.stages.generate import continue_ids, prompt_ids
-from llmctl.stages.plan import plan_pretraining
+from llmctl.stages.plan import plan_pretraining, pretraining_disk
 from llmctl.stages.text import (
     TextRows,
     for_training,
@@ -47,7 +48,7 @@ from llmctl.talk import SILENT, Talk
 from llmctl.tokenizer.load import TOKENIZER, fingerprint
 from llmctl.tokenizer.template import stop_ids, template_hash
 from llmctl.train.checkpoint import checkpoints
-from llmctl.train.loop import Job, train
+from llmctl.train.loop import Job, total_steps, train
 from llmctl.train.losses import LOSSES
 
 STAGE = "pretrain"
@@ -79,7 +80,7 @@ def run(recipe: PretrainRecipe, talk: Talk, *, resume: bool = False, dry_run: bo
         inputs = prepare(recipe)
         return RunResult(
             None,
-            plan_pretraining(recipe, inputs.tokenizer, inputs.spec, inputs.compute, inputs.max_length),
+            plan_pretraining(recipe, inputs.tokenizer, inputs.spec, inputs.compute, inputs.max_length, out),
         )
     # the folder is no part of what a run is: repeating it elsewhere must be possible
     saved = dump_recipe(
@@ -108,8 +109,10 @@ def run(recipe: PretrainRecipe, talk: Talk, *, resume: bool = False, dry_run: bo
         "tokenizer": fingerprint(inputs.tokenizer),
         "template": template_hash(inputs.tokenizer),
     }
+    job = _job(recipe, inputs, model, train_rows, eval_rows, out)
+    steps = total_steps(recipe.train, job.batches.steps_per_epoch)
+    refuse_small_disk(out, pretraining_disk(recipe, inputs.spec, steps))
     with Run.start(STAGE, out, saved, resume=resume, **fields) as opened:
-        job = _job(recipe, inputs, model, train_rows, eval_rows, out)
         metrics = train(job, talk)
         install(partial(_save_files, model, inputs.tokenizer), out)
         write_report(opened, metrics, _samples(out, inputs, metrics["steps"]))
