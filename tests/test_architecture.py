@@ -39,7 +39,19 @@ LAYERS: list[set[str]] = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # These stay importable in a fraction of a second, function bodies included.
-LIGHT = {"errors", "figures", "files", "lock", "summary", "talk", "runs", "locate", "report", "recipe", "versions"}
+LIGHT = {
+    "errors",
+    "figures",
+    "files",
+    "lock",
+    "summary",
+    "talk",
+    "runs",
+    "locate",
+    "report",
+    "recipe",
+    "versions",
+}
 HEAVY = {"torch", "transformers", "tokenizers", "datasets", "peft", "trl", "accelerate", "numpy", "pyarrow"}
 
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8

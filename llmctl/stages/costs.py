@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Work:
         decoded: tokens that are written one by one.
         length: tokens of a row.
         moved: bytes of weights that are read or written.
+        flops: of bare products beside the model's passes.
     """
 
     compute: Compute
@@ -46,15 +47,16 @@ class Work:
     decoded: float = 0
     length: int = 512
     moved: float = 0
-    flops: float = field(default=0)
+    flops: float = 0
 
     def seconds(self, spec: ModelSection) -> float:
         """About how long it takes, from the rate of products measured here and now."""
         width, inner = spec.hidden_size, spec.intermediate_size or spec.hidden_size
         device, dtype = self.compute.device, self.compute.dtype
         forward = flops_per_token(spec, min(self.length, spec.max_position_embeddings))
-        rate = EFFICIENCY * product_rate(device, dtype, ROWS, width, inner)
-        found = ((3 * self.trained + self.read) * forward + self.flops) / rate + self.moved / OPENING
+        rate = product_rate(device, dtype, ROWS, width, inner)
+        passes = (3 * self.trained + self.read) * forward / EFFICIENCY
+        found = (passes + self.flops) / rate + self.moved / OPENING
         if self.decoded:
             found += self.decoded * forward / (EFFICIENCY * product_rate(device, dtype, 1, width, inner))
         return found
