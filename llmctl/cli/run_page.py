@@ -83,7 +83,7 @@ def _summary_of(stage: str, run: Path, metrics: dict[str, Any]) -> Summary:
         manifest = read_manifest(run)
         manifest["status"] = status_of(run, manifest)
     except UserError:  # somebody removed it meanwhile
-        manifest = {"stage": stage, "status": "done"}
+        manifest = {"stage": stage}
     return summarize(str(run), manifest | {"metrics": metrics}, metrics_rows(run))
 
 

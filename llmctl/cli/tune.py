@@ -182,6 +182,7 @@ def merge(
     result = stage.run(settled, make_talk(), accept=accept, dry_run=dry_run)
     if not as_json and not dry_run:
         show_answers(result.metrics.get("answers", []))
+        print()
     show_result("merge", result, as_json)
 
 
