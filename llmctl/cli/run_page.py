@@ -105,7 +105,9 @@ def print_plan(plan: dict[str, Any]) -> None:
             short = "; more than there is" if has is not None and needed > has else ""
             lines.append((name, f"{size(needed)}{beside}{short}"))
             parts += [
-                (f"{name}: {part}", size(count)) for part, count in told[key].items() if part != "total"
+                (f"{name}: {part}", size(count))
+                for part, count in told[key].items()
+                if part != "total" and count
             ]
     print_lines(lines)
     if parts:
