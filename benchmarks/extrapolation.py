@@ -124,7 +124,7 @@ def main() -> None:
     if given.plot:
         # in nats, so that one kind that fails leaves room for the others
         series = [Series(name, [(n, math.log(ppl)) for n, ppl in row.items()]) for name, row in found.items()]
-        drawn = curve_svg("nats per token by tokens in a row", series)
+        drawn = curve_svg("nats per token by tokens in a row", series, "tokens in a row")
         Path(given.plot).write_text(drawn + "\n", encoding="utf-8")
     report({"perplexity": found})
 

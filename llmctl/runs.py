@@ -3,13 +3,14 @@
     runs/NAME/  run.json  recipe.yaml  metrics.jsonl  run.lock  checkpoints/  + the stage's own output
 
 `status` is running, done, refused (finished, but its own check found it too far from what it was made
-from), failed or interrupted. A crash leaves `running`, and `--resume` works from it. The lock holds pid, host and the start time of the process, so a stale one is told from a
-live one.
+from), failed or interrupted. A crash leaves `running`, and `--resume` works from it. The lock holds pid,
+host and the start time of the process, so a stale one is told from a live one.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -288,7 +289,7 @@ class Run:
                 "status": "running",
                 "recipe": record_of(recipe_text),
                 "versions": versions(),
-                "command": " ".join(sys.argv[1:]),
+                "command": shlex.join(sys.argv[1:]),
                 **fields,
             }
             write_atomic(path / RECIPE, recipe_text)

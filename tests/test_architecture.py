@@ -23,8 +23,8 @@ PACKAGE = ROOT / "llmctl"
 LAYERS: list[set[str]] = [
     {"errors"},
     {"reading"},
-    {"files", "versions", "signals"},
-    {"lock", "manifest", "resume"},
+    {"figures", "files", "versions", "signals"},
+    {"lock", "manifest", "resume", "summary"},
     {"checkpoints"},
     {"leftovers"},
     {"intact"},
@@ -44,8 +44,19 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # These stay importable in a fraction of a second, function bodies included.
 LIGHT = {
-    *("errors", "reading", "files", "versions", "signals", "lock", "manifest", "resume", "checkpoints"),
-    *("leftovers", "intact", "runs", "talk", "locate", "report", "recipe"),
+    *(
+        "errors",
+        "reading",
+        "figures",
+        "files",
+        "versions",
+        "signals",
+        "lock",
+        "manifest",
+        "resume",
+        "summary",
+    ),
+    *("checkpoints", "leftovers", "intact", "runs", "talk", "locate", "report", "recipe"),
 }
 HEAVY = {"torch", "transformers", "tokenizers", "datasets", "peft", "trl", "accelerate", "numpy", "pyarrow"}
 

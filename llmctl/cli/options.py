@@ -206,6 +206,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", hidd
 RecipeFile = Annotated[
     str | None, typer.Option("--recipe", metavar="FILE", help="recipe file, or the name of a shipped one")
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 Name = Annotated[
     str | None, typer.Option("--name", metavar="NAME", help="run folder by name: short for --out runs/NAME")
 ]

@@ -13,6 +13,10 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+from llmctl.figures import duration as duration
+from llmctl.figures import figure as figure
+from llmctl.figures import size as size
+
 SIZES = ("memory_bytes", "disk_bytes")
 UNSEEN = ("Mn", "Me", "Cf")  # categories of characters that take no column
 NARROWEST = 20  # columns; a text is not broken into less
@@ -78,40 +82,6 @@ def print_listing(values: dict[str, Any], indent: int = 0, in_bytes: bool = Fals
             sized = isinstance(value, (int, float)) and (in_bytes or key in SIZES)
             text = size(value) if sized else figure(value)
             print(f"{margin}{key}{' ' * (wide - cell_width(key))}  {text}")
-
-
-def figure(value: Any) -> str:
-    """A value as a person reads it: 12,345 · 0.01234 · yes · -."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        if math.isfinite(value) and abs(value) >= 1000:
-            return f"{value:,.0f}"
-        return f"{value:.4g}"
-    return str(value)
-
-
-def size(number: float) -> str:
-    """Bytes in powers of 1024: 512 B, 1.5 KiB, 12 GiB."""
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while number >= 1024 and len(units) > 1:
-        number /= 1024
-        units.pop(0)
-    whole = units[0] == "B" or number >= 10
-    return f"{number:.0f} {units[0]}" if whole else f"{number:.1f} {units[0]}"
-
-
-def duration(seconds: float) -> str:
-    """0:42, 12:34, 1:02:03, 2d 03h."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24}d {hours % 24:02d}h"
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def age(stamp: str | None) -> str:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from llmctl.cli.options import AsJson, Name, RecipeFile, Words, flag
-from llmctl.cli.output import figure, print_json, print_listing, print_table, size
+from llmctl.cli.options import AsJson, DryRun, Name, RecipeFile, Words, flag
 from llmctl.cli.progress import make_talk
+from llmctl.cli.run_page import show_result
 from llmctl.cli.tune import Accept, checked, show_answers
-
-FEW = 6  # layers that are named; run.json lists them all
-# title, metric before, metric after, how it is shown
-BEFORE_AFTER = (
-    ("weights", "size_bytes_before", "size_bytes", size),
-    ("perplexity", "perplexity_before", "perplexity", figure),
-    ("tokens/s", "tokens_per_second_before", "tokens_per_second", figure),
-    ("answers that end", "stop_rate_a", "stop_rate_b", figure),
-)
 
 
 def quantize(
@@ -36,6 +27,7 @@ def quantize(
     device: Annotated[str | None, flag("quantize", "device", "NAME")] = None,
     threads: Annotated[str | None, flag("quantize", "threads", "N|auto")] = None,
     accept: Accept = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Store MODEL in a few bits, and measure the loss.
@@ -50,24 +42,8 @@ def quantize(
     recipe_checked = checked(QuantizeRecipe, ctx, "quantize", words, recipe, False)
     from llmctl.stages import quantize as stage
 
-    result = stage.run(recipe_checked, make_talk(), accept=accept)
-    if as_json:
-        print_json({"run": result.path, "metrics": result.metrics})
-    else:
-        print_receipt(str(result.path), dict(result.metrics))
-
-
-def print_receipt(run: str, found: dict[str, Any]) -> None:
-    """The answers of both models, then the figures, so that these are what a small screen ends with."""
-    show_answers(found.pop("answers", []))
-    rows = []
-    for title, *keys, shown in BEFORE_AFTER:
-        before, after = (found.pop(key) for key in keys)
-        if before is not None:
-            rows.append((title, shown(before), shown(after)))
-    print()
-    print_table(("", "before", "after"), rows)
-    print()
-    kept = found.pop("kept")
-    named = ", ".join(kept[:FEW]) + (f" and {len(kept) - FEW} more" if len(kept) > FEW else "")
-    print_listing({"run": run, **found, "in full": named or "none"})
+    result = stage.run(recipe_checked, make_talk(), accept=accept, dry_run=dry_run)
+    if not as_json and not dry_run:  # before the figures, so that these are what a small screen ends with
+        show_answers(result.metrics.get("answers", []))
+        print()
+    show_result("quantize", result, as_json)

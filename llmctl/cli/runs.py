@@ -10,7 +10,8 @@ import typer
 
 from llmctl.checkpoints import BEST, STATE, best_of, damage_in, list_checkpoints
 from llmctl.cli.options import AsJson
-from llmctl.cli.output import age, figure, print_json, print_listing, print_table, size
+from llmctl.cli.output import age, figure, print_json, print_table, size
+from llmctl.cli.run_page import print_run
 from llmctl.errors import UserError, nearest
 from llmctl.intact import damaged_outputs
 from llmctl.manifest import CHECKPOINTS, MANIFEST, read_manifest, run_folder
@@ -23,7 +24,6 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", hidden=True)]
 
 # The figures worth a column, the most telling first.
 TELLING = ("bits_per_byte", "eval_bits_per_byte", "eval_loss", "loss", "perplexity", "bytes_per_token")
-LISTED_APART = ("format", "outputs", "parents", "versions", "metrics", "recipe", "recipe_changes")
 
 
 def list_runs(folder: Folder = None, as_json: AsJson = False) -> None:
@@ -104,11 +104,17 @@ def sizes_of_runs(root: Path) -> list[tuple[Path, int]]:
     return [(path, sizes[str(path)]) for path in sorted(map(Path, sizes))]
 
 
+def folder_bytes(run: Path) -> int:
+    """Bytes of everything in a run folder; links are not followed, and files may vanish meanwhile."""
+    return dict(sizes_of_runs(run)).get(run, 0)
+
+
 def show(run: RunName, folder: Folder = None, as_json: AsJson = False) -> None:
-    """Show what RUN is.
+    """Show what RUN is, from what, how it went, what is next.
 
     RUN is the path of a run folder, or a name that `llmctl runs list` shows. Its result files are read and
-    held against their hashes; `llmctl runs verify` looks at its checkpoints too.
+    held against their hashes; `llmctl runs verify` looks at its checkpoints too. With --json all that its
+    manifest holds: hashes, versions, every count.
     """
     path = find_run(run, folder)
     manifest = read_manifest(path)
@@ -121,14 +127,7 @@ def show(run: RunName, folder: Folder = None, as_json: AsJson = False) -> None:
         ]
         print_json({"path": path, **manifest, "checkpoints": listed, "damaged": damaged})
         return
-    short = {"path": str(path)} | {
-        key: value for key, value in manifest.items() if value is not None and key not in LISTED_APART
-    }
-    print_listing(short)
-    for key in ("metrics", "parents", "versions"):
-        if manifest.get(key):
-            print()
-            print_listing({key: manifest[key]})
+    print_run(path, manifest, folder_bytes(path))
     _show_changes(manifest.get("recipe_changes") or [])
     if kept:
         best = best_of(kept)
@@ -137,9 +136,6 @@ def show(run: RunName, folder: Folder = None, as_json: AsJson = False) -> None:
             ("step", "held-out loss", "size", ""),
             [(one.step, one.loss, size(one.size), "best" if one is best else "") for one in kept],
         )
-    if manifest.get("outputs"):
-        print("\noutputs")
-        print_listing({name: digest[:12] for name, digest in manifest["outputs"].items()}, indent=2)
     if damaged:
         print("\ndamaged")
         for line in damaged:

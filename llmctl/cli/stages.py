@@ -12,6 +12,7 @@ import typer
 
 from llmctl.cli.options import (
     AsJson,
+    DryRun,
     Name,
     Overrides,
     RecipeFile,
@@ -28,6 +29,7 @@ from llmctl.cli.options import (
 )
 from llmctl.cli.output import print_json, print_listing
 from llmctl.cli.progress import make_talk
+from llmctl.cli.run_page import print_plan, show_result
 from llmctl.errors import UsageError, UserError
 
 
@@ -47,7 +49,7 @@ def pretrain(
     dtype: Annotated[str | None, flag("pretrain", "dtype", "NAME")] = None,
     resume: Resume = False,
     resume_with: ResumeWith = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a language model on text.
@@ -72,12 +74,7 @@ def pretrain(
     from llmctl.stages import pretrain as stage
 
     result = stage.run(checked, make_talk(), resume=resume, resume_with=resume_with, dry_run=dry_run)
-    if dry_run:
-        (print_json if as_json else print_listing)(result.metrics)
-    elif as_json:
-        print_json({"run": result.path, "metrics": result.metrics})
-    else:
-        print_listing({"run": str(result.path), **result.metrics})
+    show_result("pretrain", result, as_json)
 
 
 def generate(
@@ -141,6 +138,7 @@ def evaluate(
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("eval", "device", "NAME")] = None,
     threads: Annotated[str | None, flag("eval", "threads", "N|auto")] = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well MODEL predicts text.
@@ -159,8 +157,10 @@ def evaluate(
     read_ahead(checked.base)
     from llmctl.stages import evaluate as stage
 
-    result = stage.run(checked, make_talk())
+    result = stage.run(checked, make_talk(), dry_run=dry_run)
     if as_json:
         print_json(result)
+    elif dry_run:
+        print_plan(result)
     else:
         print_listing({name: value for name, value in result.items() if name != "matches"})

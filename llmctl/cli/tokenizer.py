@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from llmctl.cli.options import AsJson, DataWords, Name, RecipeFile, flag, given, split_words
-from llmctl.cli.output import print_json, print_listing, print_table
+from llmctl.cli.options import AsJson, DataWords, DryRun, Name, RecipeFile, flag, given, split_words
+from llmctl.cli.output import print_json, print_table
 from llmctl.cli.progress import make_talk
+from llmctl.cli.run_page import show_result
 from llmctl.recipe.words import WORDS
 
 
@@ -20,6 +21,7 @@ def train(
     out: Annotated[str | None, flag("tokenizer", "out", "DIR")] = None,
     name: Name = None,
     recipe: RecipeFile = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Learn a tokenizer from DATA.
@@ -34,11 +36,8 @@ def train(
     checked = load_recipe(TokenizerRecipe, recipe, flags, overrides)
     from llmctl.stages import tokenizer as stage
 
-    result = stage.run(checked, make_talk())
-    if as_json:
-        print_json({"run": result.path, "metrics": result.metrics})
-    else:
-        print_listing({"run": str(result.path), **result.metrics})
+    result = stage.run(checked, make_talk(), dry_run=dry_run)
+    show_result("tokenizer", result, as_json)
 
 
 def evaluate(

@@ -8,6 +8,7 @@ import typer
 
 from llmctl.cli.options import (
     AsJson,
+    DryRun,
     Name,
     RecipeFile,
     Resume,
@@ -23,10 +24,10 @@ from llmctl.cli.options import (
 )
 from llmctl.cli.output import print_json, print_listing
 from llmctl.cli.progress import make_talk
+from llmctl.cli.run_page import print_plan, show_result
 from llmctl.errors import UsageError
 
 Accept = Annotated[bool, typer.Option("--accept", help="keep the result though its check refuses it")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 MODEL = "name a run folder, a Hugging Face folder or a hub id"
 SHOWN = 60  # characters of an answer in the listing of a comparison
 
@@ -66,7 +67,8 @@ def sft(
     settled = checked(SftRecipe, ctx, "sft", words, recipe, resume)
     from llmctl.stages import sft as stage
 
-    _show(stage.run(settled, make_talk(), resume=resume, resume_with=resume_with, dry_run=dry_run), as_json)
+    result = stage.run(settled, make_talk(), resume=resume, resume_with=resume_with, dry_run=dry_run)
+    show_result("sft", result, as_json)
 
 
 def reward(
@@ -89,6 +91,7 @@ def reward(
     dtype: Annotated[str | None, flag("reward", "dtype", "NAME")] = None,
     resume: Resume = False,
     resume_with: ResumeWith = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a reward model of MODEL, from preferences.
@@ -101,7 +104,8 @@ def reward(
     settled = checked(RewardRecipe, ctx, "reward", words, recipe, resume)
     from llmctl.stages import reward as stage
 
-    _show(stage.run(settled, make_talk(), resume=resume, resume_with=resume_with), as_json)
+    result = stage.run(settled, make_talk(), resume=resume, resume_with=resume_with, dry_run=dry_run)
+    show_result("reward", result, as_json)
 
 
 def dpo(
@@ -125,6 +129,7 @@ def dpo(
     dtype: Annotated[str | None, flag("dpo", "dtype", "NAME")] = None,
     resume: Resume = False,
     resume_with: ResumeWith = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Let MODEL prefer the chosen answers, from preferences.
@@ -138,7 +143,8 @@ def dpo(
     settled = checked(DpoRecipe, ctx, "dpo", words, recipe, resume)
     from llmctl.stages import dpo as stage
 
-    _show(stage.run(settled, make_talk(), resume=resume, resume_with=resume_with), as_json)
+    result = stage.run(settled, make_talk(), resume=resume, resume_with=resume_with, dry_run=dry_run)
+    show_result("dpo", result, as_json)
 
 
 def score(
@@ -149,6 +155,7 @@ def score(
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("score", "device", "NAME")] = None,
     threads: Annotated[str | None, flag("score", "threads", "N|auto")] = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Rank answers with a reward MODEL.
@@ -161,9 +168,12 @@ def score(
     settled = checked(ScoreRecipe, ctx, "score", words, recipe, False)
     from llmctl.stages import score as stage
 
-    found = stage.run(settled, make_talk())
+    found = stage.run(settled, make_talk(), dry_run=dry_run)
     if as_json:
         print_json(found)
+        return
+    if dry_run:
+        print_plan(found)
         return
     for row in found.pop("rows"):
         print(f"{row['score']:+9.4f}  {row.get('side', ''):8}  {row['place']}  {_short(row['answer'])}")
@@ -182,6 +192,7 @@ def merge(
     device: Annotated[str | None, flag("merge", "device", "NAME")] = None,
     threads: Annotated[str | None, flag("merge", "threads", "N|auto")] = None,
     accept: Accept = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Fold the adapter of RUN into its base, and prove the result.
@@ -195,11 +206,11 @@ def merge(
     settled = checked(MergeRecipe, ctx, "merge", words, recipe, False)
     from llmctl.stages import merge as stage
 
-    result = stage.run(settled, make_talk(), accept=accept)
-    if as_json:
-        print_json({"run": result.path, "metrics": result.metrics})
-    else:
-        _show_comparison({"run": str(result.path), **result.metrics})
+    result = stage.run(settled, make_talk(), accept=accept, dry_run=dry_run)
+    if not as_json and not dry_run:
+        show_answers(result.metrics.get("answers", []))
+        print()
+    show_result("merge", result, as_json)
 
 
 def convert(
@@ -212,6 +223,7 @@ def convert(
     allow_pickle: Annotated[bool | None, flag("convert", "allow_pickle")] = None,
     threads: Annotated[str | None, flag("convert", "threads", "N|auto")] = None,
     recipe: RecipeFile = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Write MODEL as another family, or in another precision.
@@ -224,7 +236,7 @@ def convert(
     settled = checked(ConvertRecipe, ctx, "convert", words, recipe, False)
     from llmctl.stages import convert as stage
 
-    _show(stage.run(settled, make_talk()), as_json)
+    show_result("convert", stage.run(settled, make_talk(), dry_run=dry_run), as_json)
 
 
 def compare(
@@ -237,6 +249,7 @@ def compare(
     recipe: RecipeFile = None,
     device: Annotated[str | None, flag("compare", "device", "NAME")] = None,
     threads: Annotated[str | None, flag("compare", "threads", "N|auto")] = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare models A and B on the same data: odds and answers.
@@ -262,7 +275,10 @@ def compare(
     from llmctl.stages import compare as stage
     from llmctl.stages.gate import refuse_drift
 
-    found = stage.run(settled, make_talk())
+    found = stage.run(settled, make_talk(), dry_run=dry_run)
+    if dry_run:
+        (print_json if as_json else print_plan)(found)
+        return
     if as_json:
         print_json(found)
     else:
@@ -297,15 +313,6 @@ def _method(ctx: typer.Context) -> str | None:
     if len(named) > 1:
         raise UsageError(f"--{named[0]} and --{named[1]} exclude each other", "give one of them")
     return named[0] if named else None
-
-
-def _show(result: Any, as_json: bool) -> None:
-    if result.path is None:
-        (print_json if as_json else print_listing)(result.metrics)
-    elif as_json:
-        print_json({"run": result.path, "metrics": result.metrics})
-    else:
-        print_listing({"run": str(result.path), **result.metrics})
 
 
 def _show_comparison(found: dict[str, Any]) -> None:

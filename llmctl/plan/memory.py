@@ -73,8 +73,3 @@ def adapter_training_bytes(
     }
     opened = (sum(sizes.values()) + trained) * WEIGHT + whole["libraries"]
     return found | {"opening": max(0, opened - sum(found.values())) if on_cpu else 0}
-
-
-def checkpoint_bytes(model: ModelSection) -> int:
-    """Bytes of one checkpoint on disk: weights and both moments in float32."""
-    return total_parameters(model) * (WEIGHT + MOMENTS)

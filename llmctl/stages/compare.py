@@ -15,7 +15,9 @@ from llmctl.kernels.device import Compute, pick_compute
 from llmctl.kernels.threads import use_threads
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.open import open_config, open_model
+from llmctl.plan.size import total_parameters
 from llmctl.recipe.tune import CompareRecipe, CompareRows, SftData
+from llmctl.stages.costs import compared_tokens, comparison, comparison_memory, plan
 from llmctl.stages.gate import out_of_bounds, rounded_dtype, similar_kl
 from llmctl.stages.generate import end_ids
 from llmctl.stages.rows import TalkRows, read_rows, require_data
@@ -29,10 +31,10 @@ FEW_DECIDED = 0.05  # share of decided tokens below which agreement on them prov
 ROW = 512  # tokens in a row where the recipe sets none
 
 
-def run(recipe: CompareRecipe, talk: Talk) -> dict[str, Any]:
+def run(recipe: CompareRecipe, talk: Talk, *, dry_run: bool = False) -> dict[str, Any]:
     """Figures of `Parity`, stop rates, and answers side by side; `failed` says what is out of bounds.
 
-    `allowed_kl` is the divergence that was allowed.
+    `allowed_kl` is the divergence that was allowed. A dry run gives its plan instead; see `costs.plan`.
 
     Raises UserError: no data, models that cannot be opened, two tokenizers that differ.
     """
@@ -42,11 +44,32 @@ def run(recipe: CompareRecipe, talk: Talk) -> dict[str, Any]:
     compute = pick_compute(recipe.device, settings.dtype, "compare.dtype")
     use_threads(settings.threads, "compare.threads", compute.device, talk)
     rows = shared_rows(recipe.base, recipe.other, settings, talk)
+    if dry_run:
+        return _plan(recipe, compute, rows)
     a, b = (open_model(where, compute.dtype, compute.device) for where in (recipe.base, recipe.other))
     noise = rounded_dtype(recipe.base, recipe.other)
     found = held_together(a, b, rows, recipe.base, settings, compute, noise, talk)
     allowed = similar_kl(found) if settings.max_kl is None else settings.max_kl
     return found | {"allowed_kl": allowed, "failed": out_of_bounds(found, settings.min_top1, allowed)}
+
+
+def _plan(recipe: CompareRecipe, compute: Compute, rows: TalkRows) -> dict[str, Any]:
+    assert recipe.base is not None
+    settings, spec = recipe.compare, open_config(recipe.base).spec
+    passes = 3 if rounded_dtype(recipe.base, recipe.other or recipe.base) else 2
+    memory = comparison_memory(spec, rows, settings, 2, compute.dtype.itemsize)
+    work = comparison(rows, settings, compute, passes, moved=memory["weights"])
+    facts = {"device": str(compute), "parameters": total_parameters(spec), **counts(rows, settings)}
+    return plan(facts, work.seconds(spec), memory, {}, None, compute.device)
+
+
+def counts(rows: TalkRows, settings: CompareRows) -> dict[str, Any]:
+    """What a plan says of the data two models are held against each other on."""
+    return {
+        "records": rows.account.kept,
+        "tokens": compared_tokens(rows, settings),
+        "prompts": settings.answers,
+    }
 
 
 def shared_rows(a: str, b: str, settings: CompareRows, talk: Talk) -> TalkRows:

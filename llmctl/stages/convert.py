@@ -15,9 +15,13 @@ from llmctl.model.adapters import is_adapter
 from llmctl.model.checkpoint import FILES, PICKLES, STACKS, head_in, load_config, load_model, save_model
 from llmctl.model.classify import LlmctlForSequenceClassification
 from llmctl.model.hf import LlmctlPreTrainedModel
+from llmctl.model.open import stored_dtype
+from llmctl.plan.disk import refuse_small_disk
+from llmctl.plan.size import total_parameters
 from llmctl.recipe.convert import ConvertRecipe
 from llmctl.recipe.load import dump_recipe
 from llmctl.runs import Run, RunResult, check_out, default_out
+from llmctl.stages.costs import OPENING, model_disk, plan, reading_bytes
 from llmctl.stages.finish import install
 from llmctl.stages.text import parent
 from llmctl.talk import Talk
@@ -30,7 +34,7 @@ TOKENIZER = (
 )  # fmt: skip
 
 
-def run(recipe: ConvertRecipe, talk: Talk) -> RunResult:
+def run(recipe: ConvertRecipe, talk: Talk, *, dry_run: bool = False) -> RunResult:
     """Read, and write as the family that is asked for; the tokenizer's files are copied as they are.
 
     Raises UserError: as `load_model`; for an adapter; for a family that cannot express the model.
@@ -40,9 +44,17 @@ def run(recipe: ConvertRecipe, talk: Talk) -> RunResult:
     if is_adapter(folder):
         raise UserError(f"{folder}: an adapter, not a model", "`llmctl merge` folds it into its base")
     out = Path(recipe.out) if recipe.out else default_out(STAGE)
-    check_out(out, resumable=False, afresh=STAGE)
+    if not dry_run:
+        check_out(out, resumable=False, afresh=STAGE)
     use_threads(recipe.threads, "threads", pick_device("cpu"), talk)
     dtype = DTYPES.get(recipe.dtype)
+    spec, width = load_config(folder).spec, (dtype or stored_dtype(folder)).itemsize
+    disk = model_disk(spec, 8 * width, folder)
+    refuse_small_disk(out, disk)
+    if dry_run:
+        memory = reading_bytes(spec, 1, width, 0, 0)
+        seconds = (memory["weights"] + disk["result"]) / OPENING
+        return RunResult(None, plan({"parameters": total_parameters(spec)}, seconds, memory, disk, out))
     model = load_model(folder, dtype, kind=_class_in(folder), allow_pickle=recipe.allow_pickle)
     model.config.family = recipe.family or model.config.family
     fields, _ = model.disk_form()

@@ -8,9 +8,11 @@ from llmctl.stages.preference import train_on_pairs
 from llmctl.talk import Talk
 
 
-def run(recipe: DpoRecipe, talk: Talk, *, resume: bool = False, resume_with: bool = False) -> RunResult:
+def run(
+    recipe: DpoRecipe, talk: Talk, *, resume: bool = False, resume_with: bool = False, dry_run: bool = False
+) -> RunResult:
     """Train by direct preference optimization; the model as it began is the reference.
 
     Raises as `train_on_pairs`.
     """
-    return train_on_pairs(recipe, talk, resume=resume, resume_with=resume_with)
+    return train_on_pairs(recipe, talk, resume=resume, resume_with=resume_with, dry_run=dry_run)

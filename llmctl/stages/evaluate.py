@@ -13,12 +13,16 @@ from llmctl.errors import UserError
 from llmctl.evaluate.exact import exact_matches
 from llmctl.evaluate.intervals import share_interval
 from llmctl.evaluate.perplexity import score
+from llmctl.kernels.cross_entropy import slice_tokens
 from llmctl.kernels.device import Compute, pick_compute
 from llmctl.kernels.threads import use_threads
 from llmctl.model import LlmctlForCausalLM
-from llmctl.model.open import open_model
+from llmctl.model.open import open_config, open_model
+from llmctl.plan.size import total_parameters
 from llmctl.recipe.schema import EvalRecipe, EvalSection
 from llmctl.recipe.tune import SftData
+from llmctl.stages.costs import Work, plan, reading_bytes
+from llmctl.stages.plan import count_tokens
 from llmctl.stages.rows import read_rows
 from llmctl.stages.text import (
     TextRows,
@@ -34,7 +38,7 @@ from llmctl.talk import Talk
 from llmctl.tokenizer.choose import OWN, choose_template
 
 
-def run(recipe: EvalRecipe, talk: Talk) -> dict[str, Any]:
+def run(recipe: EvalRecipe, talk: Talk, *, dry_run: bool = False) -> dict[str, Any]:
     """loss (nats per token), perplexity, bits_per_byte, tokens and bytes; or, of answers, see `_answers`.
 
     Documents longer than a row are split; every token but a document's first is predicted once.
@@ -49,6 +53,8 @@ def run(recipe: EvalRecipe, talk: Talk) -> dict[str, Any]:
     compute = pick_compute(recipe.device, settings.dtype, "eval.dtype")
     use_threads(settings.threads, "eval.threads", compute.device, talk)
     tokenizer = fitting_tokenizer(recipe.base)
+    if dry_run:
+        return _plan(recipe.base, settings, tokenizer, compute, talk)
     model = open_model(recipe.base, compute.dtype, compute.device)
     if settings.answers:
         length = row_length(settings.max_length, model.config.max_position_embeddings, "eval.max_length")
@@ -59,6 +65,29 @@ def run(recipe: EvalRecipe, talk: Talk) -> dict[str, Any]:
     tell(shards, pieces, length, talk)
     text = TextRows(shards, pieces, pack(pieces.length, length), length)
     return score_rows(model, text, tokenizer, compute, settings.batch_size, settings.max_rows).figures()
+
+
+def _plan(
+    where: str, settings: EvalSection, tokenizer: PreTrainedTokenizerFast, compute: Compute, talk: Talk
+) -> dict[str, Any]:
+    """Tokens, time and memory; of long data the first documents are read, and the rest is estimated."""
+    config = open_config(where)
+    spec = config.spec
+    length = scored_length(settings.max_length, spec, "eval.max_length", talk)
+    counted = count_tokens(settings.data, settings.text_field, tokenizer)
+    tokens = min(counted.tokens, (settings.max_rows or counted.tokens) * length)
+    batch = min(settings.batch_size * length, tokens)
+    memory = reading_bytes(
+        spec, 1, compute.dtype.itemsize, batch, min(batch, slice_tokens(compute.device.type))
+    )
+    seconds = Work(compute, read=tokens, length=length, moved=memory["weights"]).seconds(spec)
+    facts = {
+        "device": str(compute),
+        "parameters": total_parameters(spec),
+        **counted.facts(),
+        "tokens": tokens,
+    }
+    return plan(facts, seconds, memory, {}, None, compute.device)
 
 
 def _answers(

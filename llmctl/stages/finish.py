@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from llmctl.files import folder_atomic, sync_folder, write_atomic
 from llmctl.leftovers import FINAL
 from llmctl.manifest import METRICS, SAMPLES
 from llmctl.reading import Unreadable, read_rows
-from llmctl.report import report_html
+from llmctl.report import Sample, report_html
+from llmctl.runs import Run
+from llmctl.summary import summarize
 
 REPORT = "report.html"
+STAMP = "%Y-%m-%dT%H:%M:%S%z"  # as manifests write a time
 
 
 def install(save: Callable[[Path], None], out: Path) -> None:
@@ -29,14 +33,25 @@ def install(save: Callable[[Path], None], out: Path) -> None:
     sync_folder(out)
 
 
-def write_report(out: Path, stage: str, metrics: dict[str, Any], samples: list[tuple[str, str]]) -> None:
-    """report.html: curves from metrics.jsonl, the final figures, and samples as (prompt, text)."""
-    page = report_html(f"{stage} {out.name}", _lines(out / METRICS), metrics, samples)
-    write_atomic(out / REPORT, page)
+def write_report(run: Run, metrics: dict[str, Any], samples: list[Sample]) -> None:
+    """report.html of a run that is about to be done: what it is, curves from metrics.jsonl, samples."""
+    rows = _lines(run.path / METRICS)
+    ended = {
+        "status": "done",
+        "finished": time.strftime(STAMP),
+        "metrics": metrics,
+        "outputs": dict.fromkeys(_names(run.path)),
+    }
+    summary = summarize(str(run.path), run.manifest | ended, rows)
+    write_atomic(run.path / REPORT, report_html(summary, rows, samples))
 
 
-def first_and_last_samples(out: Path) -> list[tuple[str, str]]:
-    """The samples of the first and of the last step that has any, as (step and prompt, answer)."""
+def _names(out: Path) -> list[str]:
+    return [file.name for file in out.iterdir()]
+
+
+def first_and_last_samples(out: Path) -> list[Sample]:
+    """The samples of the first and of the last step that has any."""
     rows = [
         row
         for row in _lines(out / SAMPLES)
@@ -44,7 +59,7 @@ def first_and_last_samples(out: Path) -> list[tuple[str, str]]:
     ]
     ends = sorted({row["step"] for row in rows})
     chosen = [row for row in rows if row["step"] in (ends[:1] + ends[-1:])]
-    return [(f"step {row['step']}: {row['prompt']}", row["answer"]) for row in chosen]
+    return [Sample(row["step"], row["prompt"], row["answer"], row.get("reference") or "") for row in chosen]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

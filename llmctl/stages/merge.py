@@ -19,11 +19,14 @@ from llmctl.locate import locate
 from llmctl.model import LlmctlForCausalLM
 from llmctl.model.adapters import ADAPTER_CONFIG, TASKS, is_adapter
 from llmctl.model.checkpoint import FILES, save_model
-from llmctl.model.open import open_base, open_folded, open_model, stored_dtype
+from llmctl.model.open import open_base, open_config, open_folded, open_model, stored_dtype
+from llmctl.plan.disk import refuse_small_disk
+from llmctl.plan.size import total_parameters
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.tune import CompareRows, MergeRecipe
 from llmctl.runs import Run, RunResult, accept_refused, check_out, default_out, run_of
-from llmctl.stages.compare import held_together, shared_rows
+from llmctl.stages.compare import counts, held_together, shared_rows
+from llmctl.stages.costs import comparison, comparison_memory, model_disk, plan
 from llmctl.stages.finish import install
 from llmctl.stages.gate import (
     faithful_kl,
@@ -59,7 +62,7 @@ class _Merge:
         return held_together(a, b, self.rows, str(self.folder), settings, self.compute, noise, self.talk)
 
 
-def run(recipe: MergeRecipe, talk: Talk, accept: bool = False) -> RunResult:
+def run(recipe: MergeRecipe, talk: Talk, accept: bool = False, *, dry_run: bool = False) -> RunResult:
     """Fold, write, read back and compare. A model that is not what the adapter was is kept, but refused.
 
     Args:
@@ -87,11 +90,16 @@ def run(recipe: MergeRecipe, talk: Talk, accept: bool = False) -> RunResult:
     parents = [parent("model", str(folder))]
     if accept and (known := accept_refused(STAGE, out, text, parents=parents)) is not None:
         return RunResult(out, known)
-    check_out(out, resumable=False, afresh=STAGE)
+    if not dry_run:
+        check_out(out, resumable=False, afresh=STAGE)
     compute = pick_compute(recipe.device, settings.dtype, "compare.dtype")
     use_threads(settings.threads, "compare.threads", compute.device, talk)
     tokenizer = open_tokenizer(str(folder))
     rows = shared_rows(str(folder), str(folder), settings, talk)
+    disk = _disk(recipe, folder)
+    refuse_small_disk(out, disk)
+    if dry_run:
+        return RunResult(None, _plan(recipe, folder, rows, compute, disk, out))
     adapted = open_model(folder, compute.dtype, compute.device)
     job = _Merge(folder, recipe, rows, compute, talk)
     effect = _effect(job, adapted)
@@ -115,6 +123,24 @@ def run(recipe: MergeRecipe, talk: Talk, accept: bool = False) -> RunResult:
     say_accepted(failed, accept, talk)
     refuse_drift([] if accept else failed, folder, "the merged model", kept_hint(out))
     return RunResult(out, metrics | {"answers": answers})
+
+
+def _disk(recipe: MergeRecipe, folder: Path) -> dict[str, int]:
+    """Bytes of the merged model."""
+    dtype = DTYPES.get(recipe.dtype) or stored_dtype(folder)
+    return model_disk(open_config(folder).spec, 8 * dtype.itemsize, folder)
+
+
+def _plan(
+    recipe: MergeRecipe, folder: Path, rows: TalkRows, compute: Compute, disk: dict[str, int], out: Path
+) -> dict[str, Any]:
+    spec, settings = open_config(folder).spec, recipe.compare
+    # the adapter and its base, then the adapter, the folded model and what is read back
+    memory = comparison_memory(spec, rows, settings, 3, 4)
+    passes = 5 if rounded_dtype(folder) else 4
+    work = comparison(rows, settings, compute, passes, moved=memory["weights"] + disk["result"])
+    facts = {"device": str(compute), "parameters": total_parameters(spec), **counts(rows, settings)}
+    return plan(facts, work.seconds(spec), memory, disk, out, compute.device)
 
 
 def _write_and_prove(

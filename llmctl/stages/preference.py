@@ -7,6 +7,7 @@ from typing import Any
 
 from llmctl.checkpoints import checkpoints
 from llmctl.evaluate.intervals import share_interval
+from llmctl.plan.disk import refuse_small_disk
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.tune import DpoRecipe, RewardRecipe
 from llmctl.runs import Run, RunResult, check_out, default_out, finished_metrics
@@ -15,12 +16,19 @@ from llmctl.stages.pairs import Pair, PairRows, pair_rows
 from llmctl.stages.rows import require_data
 from llmctl.stages.text import pad_id_of
 from llmctl.stages.tune import Base, Tuned, prepare_base, tuned
+from llmctl.stages.tuning_plan import plan_tuning, tuning_disk
 from llmctl.talk import Talk
+from llmctl.train.loop import total_steps
 from llmctl.train.preference import PreferenceJob, train_preferences
 
 
 def train_on_pairs(
-    recipe: RewardRecipe | DpoRecipe, talk: Talk, *, resume: bool, resume_with: bool = False
+    recipe: RewardRecipe | DpoRecipe,
+    talk: Talk,
+    *,
+    resume: bool,
+    resume_with: bool = False,
+    dry_run: bool = False,
 ) -> RunResult:
     """Train, and leave a run folder with an adapter, or with a whole model where all weights were trained.
 
@@ -41,7 +49,8 @@ def train_on_pairs(
     if resume and (finished := finished_metrics(stage, out, saved, resume_with=resume_with)) is not None:
         talk.say(f"{out}: this run is done; nothing to resume")
         return RunResult(out, finished)
-    check_out(out, resume)
+    if not dry_run:
+        check_out(out, resume)
     base = prepare_base(
         recipe.base,
         device=recipe.device,
@@ -51,6 +60,11 @@ def train_on_pairs(
         talk=talk,
     )
     rows, held = pair_rows(recipe.data, base.tokenizer, base.max_length, recipe.train.seed, talk)
+    if dry_run:
+        lengths = [2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in rows.pairs]
+        facts = {"records": rows.account.kept, "pairs": len(lengths)}
+        mean = sum(lengths) / max(1, len(lengths))
+        return RunResult(None, plan_tuning(recipe, base, out, facts, len(lengths), mean))
     if resume and not checkpoints(out):
         talk.say(f"{out}: no checkpoint to resume from; starting afresh")
     task = "reward" if isinstance(recipe, RewardRecipe) else "causal"
@@ -69,13 +83,19 @@ def train_on_pairs(
         "needs_merging": model.needs_merging,
         "data": _data_fields(recipe, rows, held),
     }
+    refuse_small_disk(out, tuning_disk(recipe, base, trained, _steps(recipe, rows)))
     with Run.start(stage, out, saved, resume=resume, resume_with=resume_with, **fields) as opened:
         metrics = train_preferences(_job(recipe, base, model, rows, held, out), talk)
         metrics |= {"trained_parameters": trained, **_judged(metrics, held)}
         install(model.save, out)
-        write_report(out, stage, metrics, [])
+        write_report(opened, metrics, [])
         opened.finish(metrics)
     return RunResult(out, metrics)
+
+
+def _steps(recipe: RewardRecipe | DpoRecipe, rows: PairRows) -> int:
+    per_step = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
+    return total_steps(recipe.train, -(-len(rows.pairs) // per_step))
 
 
 def _job(

@@ -21,14 +21,16 @@ from llmctl.model.families import write_config
 from llmctl.model.open import open_config, open_folded
 from llmctl.model.paths import mixing_paths, said
 from llmctl.model.steps import after_step
+from llmctl.plan.disk import refuse_small_disk
 from llmctl.recipe.generate import GenerateSection
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.schema import PretrainRecipe
+from llmctl.report import Sample
 from llmctl.runs import Run, RunResult, check_out, default_out, finished_metrics
 from llmctl.stages.finish import install, write_report
 from llmctl.stages.generate import continue_ids, prompt_ids
-from llmctl.stages.plan import plan_pretraining
+from llmctl.stages.plan import plan_pretraining, pretraining_disk
 from llmctl.stages.text import (
     TextRows,
     for_training,
@@ -47,7 +49,7 @@ from llmctl.stages.text import (
 from llmctl.talk import SILENT, Talk
 from llmctl.tokenizer.load import TOKENIZER, fingerprint
 from llmctl.tokenizer.template import stop_ids, template_hash
-from llmctl.train.loop import Job, train
+from llmctl.train.loop import Job, total_steps, train
 from llmctl.train.losses import LOSSES
 
 STAGE = "pretrain"
@@ -87,7 +89,7 @@ def run(
         inputs = prepare(recipe)
         return RunResult(
             None,
-            plan_pretraining(recipe, inputs.tokenizer, inputs.spec, inputs.compute, inputs.max_length),
+            plan_pretraining(recipe, inputs.tokenizer, inputs.spec, inputs.compute, inputs.max_length, out),
         )
     # the folder is no part of what a run is: repeating it elsewhere must be possible
     saved = dump_recipe(
@@ -116,11 +118,13 @@ def run(
         "tokenizer": fingerprint(inputs.tokenizer),
         "template": template_hash(inputs.tokenizer),
     }
+    job = _job(recipe, inputs, model, train_rows, eval_rows, out)
+    steps = total_steps(recipe.train, job.batches.steps_per_epoch)
+    refuse_small_disk(out, pretraining_disk(recipe, inputs.spec, steps))
     with Run.start(STAGE, out, saved, resume=resume, resume_with=resume_with, **fields) as opened:
-        job = _job(recipe, inputs, model, train_rows, eval_rows, out)
         metrics = train(job, talk)
         install(partial(_save_files, model, inputs.tokenizer), out)
-        write_report(out, STAGE, metrics, _samples(out, inputs))
+        write_report(opened, metrics, _samples(out, inputs, metrics["steps"]))
         opened.finish(metrics)
     return RunResult(out, metrics)
 
@@ -207,7 +211,7 @@ def _save_files(model: LlmctlForCausalLM, tokenizer: PreTrainedTokenizerFast, fo
     tokenizer.save_pretrained(folder)
 
 
-def _samples(out: Path, inputs: Inputs) -> list[tuple[str, str]]:
+def _samples(out: Path, inputs: Inputs, step: int) -> list[Sample]:
     """What the model that was just written says when it begins from nothing."""
     tokenizer = inputs.tokenizer
     model = load_model(out, device=inputs.compute.device)
@@ -215,7 +219,8 @@ def _samples(out: Path, inputs: Inputs) -> list[tuple[str, str]]:
     samples = []
     for seed in range(SAMPLES if ids else 0):
         settings = GenerateSection(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_p=0.95, seed=seed)
-        samples.append(("", continue_ids(model, tokenizer, ids, settings, SILENT, None)["text"]))
+        text = continue_ids(model, tokenizer, ids, settings, SILENT, None)["text"]
+        samples.append(Sample(step, "", text))
     return samples
 
 

@@ -22,7 +22,9 @@ from llmctl.model import LlmctlForCausalLM, leaves
 from llmctl.model.adapters import is_adapter
 from llmctl.model.checkpoint import FILES, refuse_reshaped, save_quantized
 from llmctl.model.compressed import Scheme, scheme_in
+from llmctl.model.config import LlmctlConfig
 from llmctl.model.open import open_config, open_folded, stored_dtype
+from llmctl.plan.disk import refuse_small_disk
 from llmctl.quantize.absmax import absmax
 from llmctl.quantize.calibrate import quantize_blocks, refuse_not_finite
 from llmctl.quantize.gptq import Gptq
@@ -33,6 +35,7 @@ from llmctl.runs import Run, RunResult, accept_refused, check_out, default_out, 
 from llmctl.stages.compare import compared_length
 from llmctl.stages.finish import install
 from llmctl.stages.gate import kept_hint, out_of_bounds, refuse_drift, say_accepted
+from llmctl.stages.quantize_plan import plan_quantization, quantized_disk
 from llmctl.stages.receipt import Receipt, card
 from llmctl.stages.rows import TalkRows, read_rows, talk_rows
 from llmctl.stages.text import fitting_tokenizer, pad_id_of, parent
@@ -47,7 +50,7 @@ CALIBRATION_BATCH = 8  # rows in a forward pass
 INT8_TOKENS = 4096  # of calibration text that 8 bits need: 64,000 bring SmolLM2 from KL 0.0016 to 0.0015 only
 
 
-def run(recipe: QuantizeRecipe, talk: Talk, accept: bool = False) -> RunResult:
+def run(recipe: QuantizeRecipe, talk: Talk, accept: bool = False, *, dry_run: bool = False) -> RunResult:
     """Quantize, write, read back and measure. A model that is out of the bounds is kept, but refused.
 
     Args:
@@ -71,11 +74,12 @@ def run(recipe: QuantizeRecipe, talk: Talk, accept: bool = False) -> RunResult:
     parents = [parent("model", recipe.base)]
     if accept and (known := accept_refused(STAGE, out, text, parents=parents)) is not None:
         return RunResult(out, known | {"answers": []})
-    check_out(out, resumable=False, afresh=STAGE)
+    if not dry_run:
+        check_out(out, resumable=False, afresh=STAGE)
     _refuse_no_data(recipe)
     device, tokenizer = pick_device(recipe.device), fitting_tokenizer(recipe.base)
     use_threads(recipe.quantize.threads, "quantize.threads", device, talk)
-    model = open_folded(folder, torch.float32, device)
+    model = _shapes(config) if dry_run else open_folded(folder, torch.float32, device)
     choice = choose_template(tokenizer, OWN)
     if choice.said:
         talk.say(choice.said)
@@ -83,6 +87,10 @@ def run(recipe: QuantizeRecipe, talk: Talk, accept: bool = False) -> RunResult:
     by, held = _rows(recipe, tokenizer, model.config.max_position_embeddings, talk)
     if recipe.quantize.method == "gptq":
         _refuse_short(model, by, recipe.quantize, chosen)
+    disk = quantized_disk(recipe, model, chosen, folder)
+    refuse_small_disk(out, disk)
+    if dry_run:
+        return RunResult(None, plan_quantization(recipe, model, chosen, (by, held), disk, out, device))
     pad = pad_id_of(tokenizer)
     refuse_not_finite(model, next(eval_batches(held.laid, batch_size=recipe.compare.batch_size, pad_id=pad)))
     with Run.start(
@@ -99,6 +107,14 @@ def run(recipe: QuantizeRecipe, talk: Talk, accept: bool = False) -> RunResult:
     return RunResult(out, found | {"answers": answers})
 
 
+def _shapes(config: LlmctlConfig) -> LlmctlForCausalLM:
+    """The model without its weights, for a dry run. Raises UserError if it is no language model."""
+    if config.spec.stack != "decoder":
+        raise UserError(f"a model with stack `{config.spec.stack}` is not quantized", "name a language model")
+    with torch.device("meta"):
+        return LlmctlForCausalLM(config)
+
+
 def _refuse_quantized(folder: Path) -> None:
     refuse_refused(folder)
     if not is_adapter(folder) and scheme_in(read_json(folder / "config.json"), str(folder / "config.json")):
@@ -112,7 +128,8 @@ def _chosen(model: LlmctlForCausalLM, settings: QuantizeSection) -> list[str]:
     """The leaves that are quantized. Raises UserError if there is none, or a weight is not finite."""
     inside = [leaf for leaf in leaves(model) if leaf.kind == "linear"]
     for leaf in inside:
-        if not bool(leaf.module.weight.isfinite().all()):
+        weight = leaf.module.weight
+        if not weight.is_meta and not bool(weight.isfinite().all()):
             raise UserError(
                 f"{leaf.name}: the weights are not finite", "`llmctl eval` the model; it cannot be any good"
             )

@@ -8,9 +8,16 @@ from llmctl.stages.preference import train_on_pairs
 from llmctl.talk import Talk
 
 
-def run(recipe: RewardRecipe, talk: Talk, *, resume: bool = False, resume_with: bool = False) -> RunResult:
+def run(
+    recipe: RewardRecipe,
+    talk: Talk,
+    *,
+    resume: bool = False,
+    resume_with: bool = False,
+    dry_run: bool = False,
+) -> RunResult:
     """Train a score head, and the model below it, to score chosen answers above rejected ones.
 
     Raises as `train_on_pairs`.
     """
-    return train_on_pairs(recipe, talk, resume=resume, resume_with=resume_with)
+    return train_on_pairs(recipe, talk, resume=resume, resume_with=resume_with, dry_run=dry_run)

@@ -19,6 +19,7 @@ from llmctl.kernels.threads import use_threads
 from llmctl.model.classify import open_scorer
 from llmctl.model.open import open_config
 from llmctl.recipe.tune import ScoreRecipe
+from llmctl.stages.costs import Work, plan, reading_bytes
 from llmctl.stages.encode import Encoder
 from llmctl.stages.labelled import encoded_labelled
 from llmctl.stages.pairs import Pair, encoded_pairs
@@ -43,7 +44,7 @@ class Answer:
     side: str = ""
 
 
-def run(recipe: ScoreRecipe, talk: Talk) -> dict[str, Any]:
+def run(recipe: ScoreRecipe, talk: Talk, *, dry_run: bool = False) -> dict[str, Any]:
     """`rows`, the best first, with score, place, side and answer, and figures of what `Answer.side` allows.
 
     pairs, accuracy (with its 95 % interval) and margin of preferences, and shorter_wins, the accuracy of
@@ -60,12 +61,19 @@ def run(recipe: ScoreRecipe, talk: Talk) -> dict[str, Any]:
     tokenizer = open_tokenizer(recipe.base)
     refuse_swapped_tokenizer(tokenizer, recipe.base)
     refuse_mismatch(tokenizer, config.vocab_size, recipe.base)
-    model = open_scorer(recipe.base, compute.dtype, compute.device)
     choice = choose_template(tokenizer, OWN)
     if choice.said:
         talk.say(choice.said)
     length = row_length(settings.max_length, config.max_position_embeddings, "score.max_length")
     answers = read_answers(settings.data, tokenizer, length, talk, settings.columns)
+    if dry_run:
+        spec, tokens = config.spec, sum(len(one.ids) for one in answers)
+        batch = settings.batch_size * min(length, max(len(one.ids) for one in answers))
+        memory = reading_bytes(spec, 1, compute.dtype.itemsize, batch, 0)
+        seconds = Work(compute, read=tokens, length=length, moved=memory["weights"]).seconds(spec)
+        facts = {"device": str(compute), "answers": len(answers), "tokens": tokens}
+        return plan(facts, seconds, memory, {}, None, compute.device)
+    model = open_scorer(recipe.base, compute.dtype, compute.device)
     with talk.bar("scoring", len(answers), "answers") as bar:
         found = scores(model, [one.ids for one in answers], compute, settings.batch_size, bar.advance)
     rows = [

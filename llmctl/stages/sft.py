@@ -6,21 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmctl.checkpoints import checkpoints
 from llmctl.data.batches import Batches, Laid, eval_batches
 from llmctl.engine.generate import generate
 from llmctl.engine.sampling import likeliest
 from llmctl.errors import UserError
 from llmctl.evaluate.perplexity import score
-from llmctl.kernels.cross_entropy import slice_tokens
-from llmctl.model import LlmctlForCausalLM
-from llmctl.model.adapters import target_names
-from llmctl.model.leaves import leaves
 from llmctl.model.steps import after_step
-from llmctl.plan.memory import adapter_training_bytes, training_bytes
-from llmctl.plan.size import total_parameters
+from llmctl.plan.disk import refuse_small_disk
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.tune import SftRecipe
 from llmctl.runs import Run, RunResult, check_out, default_out, finished_metrics
@@ -28,6 +21,7 @@ from llmctl.stages.finish import first_and_last_samples, install, write_report
 from llmctl.stages.rows import TalkRows, require_data, talk_rows
 from llmctl.stages.text import pad_id_of
 from llmctl.stages.tune import Base, Tuned, prepare_base, tuned
+from llmctl.stages.tuning_plan import plan_tuning, tuning_disk
 from llmctl.talk import Talk
 from llmctl.train.loop import Job, total_steps, train
 from llmctl.train.losses import LOSSES
@@ -35,9 +29,6 @@ from llmctl.train.patience import forget_best
 
 STAGE = "sft"
 SAMPLES = 3  # prompts answered on the way
-NF4_BYTES = (
-    0.5 + 1 / 64 + 4 / (64 * 256)
-)  # a weight of 4 bits, a scale of 8 for every 64, one of 32 for every 256 scales
 
 
 def run(
@@ -78,7 +69,10 @@ def run(
             "name files in data.eval, or set data.eval_fraction above 0",
         )
     if dry_run:
-        return RunResult(None, _plan(recipe, base, rows))
+        laid = rows.laid
+        facts = {"records": rows.account.kept, "rows": len(laid.rows), "trained_tokens": laid.trained_tokens}
+        length = int(laid.pieces.length.sum()) / max(1, len(laid.rows))
+        return RunResult(None, plan_tuning(recipe, base, out, facts, len(laid.rows), length))
     if resume and not checkpoints(out):
         talk.say(f"{out}: no checkpoint to resume from; starting afresh")
     model = tuned(base, recipe.method, recipe.lora, recipe.train.seed, recipe.train.gradient_checkpointing)
@@ -92,11 +86,14 @@ def run(
         "needs_merging": model.needs_merging,
         "data": _data_fields(recipe, rows, held),
     }
+    job = _job(recipe, base, model, rows, held, out, talk)
+    steps = total_steps(recipe.train, job.batches.steps_per_epoch)
+    refuse_small_disk(out, tuning_disk(recipe, base, trained, steps))
     with Run.start(STAGE, out, saved, resume=resume, resume_with=resume_with, **fields) as opened:
-        metrics = train(_job(recipe, base, model, rows, held, out, talk), talk)
+        metrics = train(job, talk)
         metrics["trained_parameters"] = trained
         install(model.save, out)
-        write_report(out, STAGE, metrics, first_and_last_samples(out))
+        write_report(opened, metrics, first_and_last_samples(out))
         opened.finish(metrics)
         forget_best(out)
     return RunResult(out, metrics)
@@ -177,47 +174,3 @@ def _data_fields(recipe: SftRecipe, rows: TalkRows, held: TalkRows | None) -> di
     if held is not None:
         fields["eval"] = held.manifest(recipe.data.eval or recipe.data.train)
     return fields | {"text_field": recipe.data.text_field, "columns": recipe.data.columns}
-
-
-def _plan(recipe: SftRecipe, base: Base, rows: TalkRows) -> dict[str, Any]:
-    """Rows, tokens, steps, parameters and memory; the data was read and checked in full."""
-    train_, spec = recipe.train, base.config.spec.model_copy(update={"vocab_size": base.rows})
-    per_step = train_.per_device_train_batch_size * train_.gradient_accumulation_steps
-    whole = total_parameters(spec)
-    memory = training_bytes(
-        spec,
-        train_.per_device_train_batch_size,
-        base.max_length,
-        base.compute.dtype.itemsize,
-        train_.gradient_checkpointing,
-        slice_tokens(base.compute.device.type),
-    )
-    trained = whole
-    if recipe.method != "full":
-        with torch.device("meta"):
-            model = LlmctlForCausalLM(base.config)
-        names = set(target_names(model, recipe.lora.target_modules))
-        chosen = [leaf for leaf in leaves(model) if leaf.name.rsplit(".", 1)[-1] in names]
-        trained = sum(recipe.lora.r * sum(leaf.shape) for leaf in chosen)
-        tables = 1 if spec.tie_word_embeddings else 2  # rows of the embedding, and of a head of its own
-        trained += tables * len(base.unseen) * spec.hidden_size
-        compute_bytes = base.compute.dtype.itemsize
-        memory = adapter_training_bytes(
-            spec,
-            memory,
-            trained=trained,
-            matrix_bytes=NF4_BYTES if recipe.method == "qlora" else compute_bytes,
-            compute_bytes=compute_bytes,
-            trained_rows=bool(base.unseen),
-            on_cpu=base.compute.device.type == "cpu",
-        )
-    return {
-        "device": str(base.compute),
-        "parameters": whole,
-        "trained_parameters": trained,
-        "records": rows.account.kept,
-        "rows": len(rows.laid.rows),
-        "trained_tokens": rows.laid.trained_tokens,
-        "steps": total_steps(train_, -(-len(rows.laid.rows) // per_step)),
-        "memory_bytes": {**memory, "total": sum(memory.values())},
-    }

@@ -17,9 +17,11 @@ from llmctl.data.readers import Account, documents
 from llmctl.data.sources import total_bytes
 from llmctl.errors import UsageError
 from llmctl.files import disk_errors, sync_file, temporary_beside
+from llmctl.plan.disk import SMALL_FILES, refuse_small_disk
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.schema import TokenizerRecipe
 from llmctl.runs import Run, RunResult, check_out, default_out
+from llmctl.stages.costs import plan
 from llmctl.talk import Talk
 from llmctl.tokenizer.evaluate import evaluate_tokenizer
 from llmctl.tokenizer.kinds import kind_named
@@ -30,10 +32,12 @@ from llmctl.tokenizer.train import train_tokenizer
 
 STAGE = "tokenizer"
 MB = 1e6
+ENTRY = 100  # bytes of tokenizer.json an entry takes, its merge included
+LEARNED = 4e6  # bytes of text that are read and learned from in a second, on one core
 SAMPLE = 1_000_000  # characters, from the start of the data, on which the tokenizer is measured
 
 
-def run(recipe: TokenizerRecipe, talk: Talk) -> RunResult:
+def run(recipe: TokenizerRecipe, talk: Talk, *, dry_run: bool = False) -> RunResult:
     """Learn a tokenizer and write it as a Hugging Face folder.
 
     The run folder is made last, when the tokenizer is complete, so no error leaves half of one.
@@ -43,10 +47,15 @@ def run(recipe: TokenizerRecipe, talk: Talk) -> RunResult:
     """
     begin = time.monotonic()
     out = Path(recipe.out) if recipe.out else default_out(STAGE)
-    check_out(out, resumable=False, afresh=STAGE)
+    if not dry_run:
+        check_out(out, resumable=False, afresh=STAGE)
     if not recipe.data.train:
         raise UsageError("no data to learn from", "name files, for example `llmctl tokenizer train TEXT.txt`")
     kind_named(recipe.kind, recipe.vocab_size, recipe.min_frequency)
+    disk = {"result": recipe.vocab_size * ENTRY + SMALL_FILES}
+    refuse_small_disk(out, disk)
+    if dry_run:
+        return RunResult(None, _plan(recipe, disk, out))
     stream = _Stream(recipe, talk)
     tokenizer = train_tokenizer(
         recipe.kind,
@@ -80,6 +89,17 @@ def run(recipe: TokenizerRecipe, talk: Talk) -> RunResult:
                     os.replace(file, out / file.name)
             opened.finish(metrics)
     return RunResult(out, metrics)
+
+
+def _plan(recipe: TokenizerRecipe, disk: dict[str, int], out: Path) -> dict[str, Any]:
+    """Bytes to read, time and disk; the first document is read, so that bad data shows."""
+    data = recipe.data
+    next(documents(data.train, data.text_field, Account()), None)
+    size = total_bytes(data.train)
+    if size is None:  # a builtin is small, and made while it is read
+        size = sum(len(one.text.encode()) for one in documents(data.train, data.text_field, Account()))
+    facts = {"kind": recipe.kind, "vocab_size": recipe.vocab_size, "bytes": size}
+    return plan(facts, size / LEARNED, {}, disk, out)
 
 
 def evaluate(where: list[str], data: list[str], text_field: str) -> list[dict[str, Any]]:

@@ -19,9 +19,10 @@ class Calls:
 
     def pretrain(self, recipe: Any, talk: Any, **words: Any) -> RunResult:
         self._note(recipe, words)
-        return RunResult(Path("runs/x"), {"loss": 2.5, "steps": 12345, "lost": float("nan")})
+        path = None if words.get("dry_run") else Path("runs/x")
+        return RunResult(path, {"loss": 2.5, "steps": 12345, "lost": float("nan")})
 
-    def tokenizer(self, recipe: Any, talk: Any) -> RunResult:
+    def tokenizer(self, recipe: Any, talk: Any, **words: Any) -> RunResult:
         self._note(recipe, {})
         return RunResult(Path("runs/tok"), {"vocab_size": 500})
 
@@ -32,7 +33,7 @@ class Calls:
             on_text("two")
         return {"text": "one two", "tokens": [1, 2], "tokens_per_second": 10.0}
 
-    def evaluate(self, recipe: Any, talk: Any) -> dict[str, Any]:
+    def evaluate(self, recipe: Any, talk: Any, **words: Any) -> dict[str, Any]:
         self._note(recipe, {})
         return {"loss": 1.0, "bits_per_byte": 0.75, "tokens": 20000}
 

@@ -176,10 +176,11 @@ def test_resume_takes_the_saved_recipe(llmctl_: Program, calls: Calls) -> None:
 
 
 def test_results_are_data_on_stdout(llmctl_: Program, calls: Calls) -> None:
-    assert llmctl_("pretrain").out == "run    runs/x\nloss   2.5\nsteps  12,345\nlost   nan\n"
-    assert llmctl_("pretrain", "--dry-run").out.startswith("loss ")
+    shown = "run  runs/x\n  steps  12,345\n  loss   2.5 (nats per token, in training)\n  lost   nan\n"
+    assert llmctl_("pretrain").out == shown
+    assert llmctl_("pretrain", "--dry-run").out == "  loss   2.5\n  steps  12,345\n  lost   nan\n"
     assert llmctl_("eval", "m").out == "loss           1\nbits_per_byte  0.75\ntokens         20,000\n"
-    assert llmctl_("tokenizer", "train", "x").out == "run         runs/tok\nvocab_size  500\n"
+    assert llmctl_("tokenizer", "train", "x").out == "run  runs/tok\n  vocabulary  500\n"
 
 
 def test_generate_streams_to_stdout_and_talks_on_stderr(llmctl_: Program, calls: Calls) -> None:

@@ -68,14 +68,15 @@ def test_list_of_nothing(llmctl_: Program) -> None:
 @pytest.mark.parametrize("name", ["base", "runs/base"])
 def test_show(name: str, llmctl_: Program, family: Path) -> None:
     text = llmctl_("runs", "show", name).out
-    assert text.startswith("path      runs/base\nstage     pretrain\n")
+    assert text.startswith("base (pretrain)\n\nwhat it is\n  folder   runs/base\n  result   language model, ")
     for part in (
-        "\nstatus    done\n",
-        "\n  bits_per_byte  1.235\n",
-        "\n  weights.safetensors  ",
-        "\n  torch ",
+        "\n  status   done, 20",
+        "\nmade from\n  tokenizer  runs/tok\n",
+        "\nhow it went\n  loss           3 (nats per token, in training)\n  bits per byte  1.235\n",
+        "\nnext\n  llmctl generate runs/base 'Once upon a time'  let it write\n",
     ):
         assert part in text
+    assert "weights.safetensors" not in text, "hashes are for --json"
     shown = json.loads(llmctl_("runs", "show", name, "--json").out)
     assert shown["parents"][0]["role"] == "tokenizer"
     assert shown["metrics"] == {"bits_per_byte": 1.234567, "loss": 3.0}

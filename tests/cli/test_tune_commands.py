@@ -198,7 +198,9 @@ def test_wrong_command_lines(line: str, llmctl_: Program, called: Called) -> Non
 
 @pytest.mark.parametrize("stage", TRAINING)
 def test_a_run_and_its_metrics(stage: str, llmctl_: Program, called: Called) -> None:
-    assert llmctl_(stage, "m").out == "run    runs/x\nloss   2.5\nsteps  12,345\n"
+    unit = "nats per token" if stage == "sft" else "per pair"
+    shown = f"run  runs/x\n  steps  12,345\n  loss   2.5 ({unit}, in training)\n"
+    assert llmctl_(stage, "m").out == shown
     shown = json.loads(llmctl_(stage, "m", "--json").out)
     assert shown == {"run": "runs/x", "metrics": {"loss": 2.5, "steps": 12345}}
 
@@ -233,12 +235,12 @@ def test_a_comparison_that_fails_is_printed_all_the_same(
 def test_a_merge(llmctl_: Program, called: Called) -> None:
     lines = llmctl_("merge", "m").out.splitlines()
     assert lines == [
-        "run     runs/m",
-        "top1    0.5",
-        "kl      0.25",
-        "tokens  1,234",
-        "effect  0.125",
         *SIDES,
+        "",
+        "run  runs/m",
+        "  same next token        50.00%",
+        "  divergence (KL)        0.25 nats per token",
+        "  adapter moves base by  0.125 nats per token",
     ]
     shown = json.loads(llmctl_("merge", "m", "--json").out)
     assert shown == {"run": "runs/m", "metrics": COMPARED | {"effect": 0.125}}
