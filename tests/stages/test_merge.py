@@ -139,8 +139,9 @@ def test_a_listing_for_people(room: Path, llmctl: Program) -> None:
     shown = llmctl(
         "merge", "run", "--out", "out", "compare.answers=2", "compare.max_new_tokens=4"
     ).out.splitlines()
-    assert [line.split()[0] for line in shown[:14]] == ["run", *FIGURES, "effect"]
-    assert shown[0].split() == ["run", "out"] and shown[1].split() == ["top1", "1"]
+    ended = shown[shown.index("run  out") + 1 :]
+    assert ended[0].split() == ["perplexity", ended[0].split()[1], "→", ended[0].split()[3]]
+    assert "  same next token        100.00%" in ended and "  llmctl chat out" in "\n".join(ended)
     assert [line for line in shown if line.startswith("prompt ")][1].startswith("prompt 2  <|bos|>")
     assert len([line for line in shown if line.startswith("  both  ")]) == 2
 

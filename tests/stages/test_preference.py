@@ -64,7 +64,8 @@ def test_it_learns_and_says_what_that_is_worth(prefs, llmctl, kind, method):
     assert (manifest["stage"], manifest["status"]) == (kind, "done")
     assert manifest["data"]["train"]["rows"] == 36 and manifest["data"]["eval"]["rows"] == 4
     assert manifest["parents"][0]["role"] == "model"
-    assert "eval accuracy" in (prefs / "run" / "report.html").read_text().replace("_", " ")
+    page = (prefs / "run" / "report.html").read_text(encoding="utf-8")
+    assert "<dt>preferred</dt><dd>the chosen answer in " in page and "<h2>Preferred pairs</h2>" in page
 
 
 def rows_of(tokenizer, prefs: Path) -> list[tuple[str, list[int]]]:

@@ -113,7 +113,7 @@ def test_layers_that_the_group_does_not_divide_stay_whole_and_are_listed(
     assert outcome.code == 0, outcome.err
     kept = read_manifest(sharp / "out")["metrics"]["kept"]
     assert kept == [f"model.layers.{n}.mlp.down_proj" for n in (0, 1)] + ["lm_head"]
-    assert f"in full          {', '.join(kept)}" in outcome.out
+    assert f"  in full           {', '.join(kept)}\n" in outcome.out
     whole = load_file(sharp / "sharp" / "model.safetensors")
     for name in kept[:2]:
         assert torch.equal(

@@ -120,8 +120,8 @@ def test_metrics_samples_and_report(adapter: Path) -> None:
         assert row["prompt"].endswith("<|im_end|>\n<|im_start|>assistant\n")
         assert row["reference"].endswith("<|im_end|>") and isinstance(row["answer"], str)
     page = (adapter / "report.html").read_text(encoding="utf-8")
-    assert page.count("<svg") >= 2 and "eval_loss" in page
-    assert "step 0: " in page and "step 6: " in page
+    assert page.count("<svg") >= 2 and "held-out loss" in page
+    assert "<b>step 0</b>" in page and "<b>step 6</b>" in page and "<dt>base model</dt><dd>base</dd>" in page
 
 
 @pytest.mark.slow
