@@ -21,7 +21,7 @@ from llmctl.stages.rows import TalkRows
 from llmctl.tokenizer.load import FILES
 
 # Share of the rate of bare products that a pass through a whole model reaches (docs/performance.md): 0.36 in
-# training a model of 1 M parameters in bfloat16, 0.5 for one of 135 M
+# training a model of 1 M parameters in bfloat16
 EFFICIENCY = 0.4
 ROWS = 512  # vectors in the products that are measured
 OPENING = 2e8  # bytes a second at which weights are read, converted and written
