@@ -16,6 +16,8 @@ from llmctl.manifest import CHECKPOINTS, has_manifest, read_manifest, run_folder
 from llmctl.resume import fields_hash
 
 FINISHED = ("done", "refused")  # only these have the result their manifest speaks of
+# how transformers' users set their own stop tokens and defaults: a change is told by `verify`, and no reason to refuse
+SETTINGS = ("generation_config.json",)
 PUT_BACK = "copy the file back from where it is whole, or make the run again; without run.json the folder opens as it is"
 
 
@@ -75,7 +77,9 @@ def refuse_damaged(folder: Path) -> None:
         if found is not None:
             raise UserError(_as_written(found, place, folder), "use another checkpoint of the run")
         return
-    lines = damaged_outputs(run, read_manifest(run))
+    manifest = read_manifest(run)
+    hashes = {name: one for name, one in (manifest.get("outputs") or {}).items() if name not in SETTINGS}
+    lines = damaged_outputs(run, manifest | {"outputs": hashes})
     if lines:
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         raise UserError(_as_written(lines[0], run, folder) + more, PUT_BACK)

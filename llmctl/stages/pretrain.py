@@ -145,8 +145,6 @@ def prepare(recipe: PretrainRecipe) -> Inputs:
     # first, because a broken config.json would look like a broken tokenizer
     spec = open_config(recipe.base).spec if recipe.base is not None else None
     tokenizer = open_tokenizer(source)
-    for parent_folder in filter(None, (recipe.tokenizer, recipe.base)):
-        refuse_damaged(Path(parent_folder))
     if spec is not None:
         refuse_mismatch(tokenizer, spec.vocab_size or 0, source)
         _refuse_other_tokenizer(recipe, tokenizer)
@@ -161,6 +159,8 @@ def prepare(recipe: PretrainRecipe) -> Inputs:
         refuse_mismatch(tokenizer, spec.vocab_size or 0, source)
         # a family that cannot express the model would otherwise show at the first save
         write_config(LlmctlConfig.of(spec))
+    for parent_folder in filter(None, (recipe.tokenizer, recipe.base)):
+        refuse_damaged(Path(parent_folder))
     length = row_length(recipe.data.max_length, spec.max_position_embeddings, "data.max_length")
     return Inputs(tokenizer, spec, compute, length)
 

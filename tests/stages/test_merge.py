@@ -69,8 +69,8 @@ def did(outcome: Outcome) -> dict[str, Any]:
 
 
 def changed(path: Path, change: Callable[[Tensors], object]) -> None:
-    """Change tensors of a file in a run in place."""
-    found = load_file(unsealed(path.parent) / path.name)
+    """Change tensors of a file in place."""
+    found = load_file(path)
     change(found)
     save_file(found, path, metadata={"format": "pt"})
 
@@ -200,7 +200,7 @@ def test_a_dead_adapter(room: Path, llmctl: Program) -> None:
             if "lora_B" in name:
                 weight.zero_()
 
-    changed(room / "run" / ADAPTER_WEIGHTS, dead)
+    changed(unsealed(room / "run") / ADAPTER_WEIGHTS, dead)
     before = snapshot(room)
     message = "run: the adapter changes nothing: 0 nats per token against its base"
     hint = "train it longer or with a higher train.learning_rate; compare.min_effect sets the bound"
@@ -295,7 +295,7 @@ def test_damage_on_the_way_to_the_disk(
 
 def test_a_poisoned_adapter(room: Path, llmctl: Program) -> None:
     changed(
-        room / "run" / ADAPTER_WEIGHTS,
+        unsealed(room / "run") / ADAPTER_WEIGHTS,
         lambda found: sorted(found.items())[3][1].view(-1)[:1].fill_(torch.nan),
     )
     before = snapshot(room)
