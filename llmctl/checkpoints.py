@@ -20,7 +20,7 @@ from typing import Any
 
 from llmctl.errors import UserError
 from llmctl.files import known_hash
-from llmctl.manifest import CHECKPOINTS, METRICS
+from llmctl.manifest import CHECKPOINTS, METRICS, is_plain
 from llmctl.reading import Unreadable, read_rows, read_value
 
 STATE = "state.json"
@@ -67,7 +67,8 @@ def read_state(path: Path) -> dict[str, Any]:
     numbers = isinstance(state, dict) and all(
         type(state.get(name)) in (int, float) for name in ("step", "tokens", "seconds")
     )
-    if not numbers or not isinstance(state.get("files"), dict):
+    named = [state.get("files"), state.get("hashes") or {}] if numbers else []
+    if not numbers or not all(isinstance(one, dict) and all(map(is_plain, one)) for one in named):
         raise UserError(f"{path / STATE}: says nothing of the step", GO_BACK)
     if "hash" in state and state["hash"] != _state_hash(state):
         raise UserError(f"{path / STATE}: damaged: its content does not have its hash", GO_BACK)
@@ -135,6 +136,8 @@ def damage_in(path: Path, only: tuple[str, ...] | None = None) -> str | None:
                 return f"{file}: damaged: its bytes are not those that were written"
         except OSError as error:
             return f"{file}: {error.strerror or error}"
+        except Unreadable as error:
+            return f"{file}: {error}"
     return None
 
 

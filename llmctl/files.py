@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import UserError
-from llmctl.reading import Unreadable, parse_json, read_bytes
+from llmctl.reading import Unreadable, open_regular, parse_json, read_bytes
 
 CHUNK = 1 << 20
 LARGEST_JSON = 1 << 30  # bytes of one of a model's own files, such as tokenizer.json
@@ -225,9 +225,12 @@ def _flocked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 
 def file_hash(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file's bytes, hexadecimal. `on_bytes` is told how many each block held."""
+    """SHA-256 of a file's bytes, hexadecimal. `on_bytes` is told how many each block held.
+
+    Raises Unreadable for what is not a regular file: a pipe would never end, nor would /dev/zero.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         while block := file.read(CHUNK):
             digest.update(block)
             if on_bytes is not None:

@@ -13,6 +13,7 @@ from llmctl.checkpoints import STATE, WEIGHTS, checkpoints, damage_in, named_che
 from llmctl.errors import UserError
 from llmctl.files import known_hash
 from llmctl.manifest import CHECKPOINTS, has_manifest, read_manifest, run_folder
+from llmctl.reading import Unreadable
 from llmctl.resume import fields_hash
 
 FINISHED = ("done", "refused")  # only these have the result their manifest speaks of
@@ -57,6 +58,8 @@ def damaged_outputs(
             return f"{file}: is missing"
         except OSError as error:
             return f"{file}: {error.strerror or error}"
+        except Unreadable as error:
+            return f"{file}: {error}"
         return None if whole else f"{file}: damaged: its bytes are not those that the run wrote"
 
     from concurrent.futures import ThreadPoolExecutor

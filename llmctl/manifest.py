@@ -27,8 +27,15 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def is_plain(name: str) -> bool:
+    """Whether a name is that of a file directly in its folder, not a way out of it."""
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
 def _is_hashes(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
+    return isinstance(value, dict) and all(
+        isinstance(one, str) and is_plain(name) for name, one in value.items()
+    )
 
 
 def _is_parents(value: Any) -> bool:
@@ -75,7 +82,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(("tokenizer", "template", "accepted", "command", "device"), (_is_text, "a text")),
     **dict.fromkeys(("metrics", "versions"), (_is_object, "an object")),
-    "outputs": (_is_hashes, "an object of hashes"),
+    "outputs": (_is_hashes, "an object of file names and hashes"),
     "parents": (_is_parents, "a list of objects with role, path and hash"),
     "data": (_is_data, "an object of data sets"),
     "recipe": (_is_recipe, "an object with hash and fields"),

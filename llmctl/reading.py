@@ -26,7 +26,7 @@ class Unreadable(ValueError):
 
 def read_bytes(path: Path, limit: int = LIMIT) -> bytes:
     """All of a regular file, at most `limit` bytes. Raises Unreadable, and FileNotFoundError if there is none."""
-    with os.fdopen(_open(path), "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         raw = _checked_read(file, limit + 1)
     if len(raw) > limit:
         raise Unreadable(f"larger than {limit >> 20} MiB")
@@ -85,7 +85,7 @@ def read_rows(path: Path, *, numbers: bool = False) -> Rows:
     """
     found = Rows()
     try:
-        handle = _open(path)
+        handle = open_regular(path)
     except FileNotFoundError:
         return found
     with os.fdopen(handle, "rb") as file:
@@ -117,7 +117,7 @@ def parse_row(line: bytes, *, numbers: bool = False) -> dict[str, Any]:
     return row
 
 
-def _open(path: Path) -> int:
+def open_regular(path: Path) -> int:
     """A handle on a regular file. A pipe is not waited for, and a device is not opened."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):

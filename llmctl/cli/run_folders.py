@@ -79,7 +79,10 @@ def remove(
     terminal it asks first; elsewhere --yes is needed.
     """
     root = runs_root(folder)
-    paths = list(dict.fromkeys(find_run(run, folder) for run in runs))
+    # one folder may be named in two ways
+    paths = list(
+        {path.resolve(): path for path in (find_run(run, folder) for run in reversed(runs))}.values()
+    )[::-1]
     for path in paths:
         refuse_to_remove(path, paths, root, force)
     sizes = {path: _bytes(path) for path in paths}
@@ -104,6 +107,8 @@ def refuse_to_remove(path: Path, together: list[Path], root: Path, force: bool) 
     if not has_manifest(path):
         read_manifest(path)  # says that it is no run
     refuse_running(path)
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise UserError(f"{path}: is where this command runs", f"`cd {path.resolve().parent}` first")
     if force:
         return
     others = [run for run in find_runs(root) if run.resolve() not in {one.resolve() for one in together}]
@@ -176,7 +181,11 @@ def _delete(path: Path) -> None:
     """Remove a folder: first out of sight in one step, so that a kill leaves nothing that looks like a run."""
     with disk_errors(path, "change the permissions of its folder"):
         gone = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".tmp-{path.name[:100]}-rm-"))
-        os.replace(path, gone / "run")
+        try:
+            os.replace(path, gone / "run")
+        except OSError:
+            gone.rmdir()
+            raise
         shutil.rmtree(gone)
 
 
@@ -194,6 +203,8 @@ def rename(
     if not has_manifest(path):
         read_manifest(path)  # says that it is no run
     target = Path(name) if "/" in name else path.parent / name
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise UserError(f"{path}: is where this command runs", f"`cd {path.resolve().parent}` first")
     if not name or target.name.startswith(".") or target.name == "..":
         raise UsageError(f"`{name}` is not a name for a run", "choose one that does not begin with a dot")
     if target.exists() or target.is_symlink():

@@ -55,7 +55,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "metrics": (entry("metrics", [1]), "run.json: metrics is not an object"),
     "status": (entry("status", {"a": 1}), "run.json: status is not a text"),
     "updated": (entry("updated", 5), "run.json: updated is not a text"),
-    "outputs": (entry("outputs", {"a": 1}), "run.json: outputs is not an object of hashes"),
+    "outputs": (entry("outputs", {"a": 1}), "run.json: outputs is not an object of file names and hashes"),
     "newer": (entry("format", 99), "run.json: of format 99, which is newer than this llmctl"),
 }
 
@@ -136,3 +136,21 @@ def test_a_run_of_the_first_format_opens(llmctl_: Program) -> None:
     assert now["format"] == 2 and now["recipe"]["fields"] == {
         "stage": "pretrain", "train.seed": 1, "train.new": "auto",
     }  # fmt: skip
+
+
+def test_a_result_that_is_a_pipe_does_not_hang(llmctl_: Program) -> None:
+    run = make_run(Path("runs/one"), "sft")
+    file = run / next(iter(json.loads((run / "run.json").read_text())["outputs"]))
+    file.unlink()
+    os.mkfifo(file)
+    said = llmctl_("runs", "verify", "one")
+    assert said.code == 3
+    assert f"{file}: not a regular file" in said.out
+    assert f"{file}: not a regular file" in llmctl_("runs", "show", "one").out
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../other/model.safetensors", "..", ""])
+def test_a_result_is_named_within_its_run(llmctl_: Program, name: str) -> None:
+    run = make_run(Path("runs/one"), "sft")
+    entry("outputs", {name: "0"})(run / "run.json")
+    assert "outputs is not an object of file names and hashes" in llmctl_("runs", "show", "one").err

@@ -330,3 +330,22 @@ def test_show_lists_checkpoints(llmctl_: Program) -> None:
 def test_names_that_are_refused(words: str, error: str, llmctl_: Program, calls: Calls) -> None:
     ended = llmctl_("pretrain", *words.split())
     assert ended.code == 2 and ended.err.startswith(f"error: {error}\nhint: ")
+
+
+def test_rm_of_one_run_named_twice(llmctl_: Program) -> None:
+    path = make_run(Path("runs/base"), "pretrain")
+    ended = llmctl_("runs", "rm", "base", str(path.resolve()), "--yes")
+    assert ended.code == 0 and ended.out.count("deleted") == 1
+    assert list(Path("runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [("rm", ".", "--yes"), ("rename", ".", "../new")])
+def test_the_folder_a_command_runs_in_stays(
+    words: tuple[str, ...], llmctl_: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_run(Path("runs/base"), "pretrain").resolve()
+    monkeypatch.chdir(path)
+    ended = llmctl_("runs", *words)
+    assert ended.code == 1
+    assert ended.err == f"error: .: is where this command runs\nhint: `cd {path.parent}` first\n"
+    assert path.is_dir() and not list(path.glob(".tmp-*"))
