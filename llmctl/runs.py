@@ -38,11 +38,10 @@ OUTPUT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 NOT_OUTPUT = (MANIFEST, METRICS, "diverged.json")
 
 # Fields that may differ between the run and its resumption: they say where and how, not what, to compute.
-# (Another device or thread count may round differently.)
 FREE_ON_RESUME = (
     "out",
     "device",
-    "train.threads",
+    *("train.threads", "data.max_document_mb", "compare.max_document_mb"),
     "train.logging_steps",
     "train.save_steps",
     "train.save_total_limit",

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "llmctl"
 # Bottom to top. A module imports from lower lines or from its own package, never from beside it.
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"files", "versions"},
+    {"files", "versions", "cuts"},
     {"lock"},
     {"talk", "runs", "locate", "report"},
     {"recipe"},
@@ -39,7 +39,7 @@ LAYERS: list[set[str]] = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # These stay importable in a fraction of a second, function bodies included.
-LIGHT = {"errors", "files", "lock", "talk", "runs", "locate", "report", "recipe", "versions"}
+LIGHT = {"errors", "cuts", "files", "lock", "talk", "runs", "locate", "report", "recipe", "versions"}
 HEAVY = {"torch", "transformers", "tokenizers", "datasets", "peft", "trl", "accelerate", "numpy", "pyarrow"}
 
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
 SCREENFUL = 2000  # columns of text that are shown of a part of a row
 LISTED = 60  # tokens that are listed of a part of a row
-SETTINGS = ("data.template", "data.max_length", "data.text_field", "data.mask_prompt", "data.rewritten")
+SETTINGS = (
+    "data.template",
+    "data.max_length",
+    "data.text_field",
+    "data.mask_prompt",
+    "data.rewritten",
+    "data.max_document_mb",
+)
 RARE = 0.001  # share of the letters below which a script is not named
 
 Files = Annotated[list[str] | None, typer.Argument(metavar="FILE | KEY=VALUE", hidden=True)]
@@ -112,7 +119,7 @@ def stats(
         {"base": model, "data.template": template, "data.max_length": max_length},
         SETTINGS,
     )
-    needless = sorted(recipe.data.model_fields_set - {"train", "text_field"})
+    needless = sorted(recipe.data.model_fields_set - {"train", "text_field", "max_document_mb"})
     if recipe.base is None and needless:
         raise UsageError(
             f"data.{needless[0]} is about tokens, which are not counted", "name a model with --model"

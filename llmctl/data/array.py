@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llmctl.data.document import Limit
+from llmctl.data.strict_json import refuse_many_values, why_not
 from llmctl.errors import UserError
 
 SPACE = re.compile(r"[ \t\n\r]*")
@@ -28,8 +30,8 @@ class Array:
     object.
     """
 
-    def __init__(self, path: Path, blocks: Iterator[str], decoder: json.JSONDecoder) -> None:
-        self.path, self.blocks, self.decoder = path, blocks, decoder
+    def __init__(self, path: Path, blocks: Iterator[str], decoder: json.JSONDecoder, limit: Limit) -> None:
+        self.path, self.blocks, self.decoder, self.limit = path, blocks, decoder, limit
         self.text, self.at = "", 0  # what is held, and where in it the reading is
         self.before = 0  # characters that were read and are no longer held
         self.line, self.line_begins = 1, 0  # of the place; the latter in characters of the file
@@ -82,6 +84,7 @@ class Array:
         while True:
             try:
                 value: dict[str, Any]
+                refuse_many_values(f"{self.path}:{self.line}", self.text, self.at)
                 value, end = self.decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 cut_off = error.pos > len(self.text) - NEAR_END or error.msg.startswith("Unterminated string")
@@ -101,8 +104,13 @@ class Array:
         self.at = to
 
     def _hold_more(self) -> bool:
-        """Hold at least twice what is not yet read, so that a long record is not tried too often."""
+        """Hold at least twice what is not yet read, so that a long record is not tried too often.
+
+        Raises UserError if that is more than one record may take.
+        """
         held = [self.text[self.at :]]
+        if len(held[0]) > self.limit.bytes:
+            raise self.limit.exceeded(f"{self.path}:{self.line}", "the record")
         size, wanted = 0, max(1, len(held[0]))
         while size < wanted:
             block = next(self.blocks, None)
@@ -153,13 +161,3 @@ class Array:
     def _error(self, what: str, hint: str) -> UserError:
         column = self._column()
         return UserError(f"{self.path}:{self.line}{f':{column}' if column else ''}: {what}", hint)
-
-
-def why_not(error: ValueError | RecursionError) -> str:
-    """What the decoder has against a piece of JSON, as the messages print it."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg[:1].lower()}{error.msg[1:]}, column {error.colno}"
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    what = str(error)
-    return "an integer of thousands of digits" if what.startswith("Exceeds the limit") else what

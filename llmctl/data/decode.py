@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from llmctl.data.document import Limit
 from llmctl.errors import UserError
 
 BLOCK = 1 << 18  # bytes read at a time
@@ -49,19 +50,25 @@ def decoded(path: Path, stream: BinaryIO) -> Iterator[str]:
         raise not_utf8(path, offset)
 
 
-def lines(path: Path, stream: BinaryIO) -> Iterator[str]:
+def lines(path: Path, stream: BinaryIO, limit: Limit) -> Iterator[str]:
     """The stream as lines of text with their ends, cut at line feeds only.
 
-    Raises UserError: bytes that are not UTF-8.
+    Raises UserError: bytes that are not UTF-8, or a line that is longer than `limit`.
     """
-    offset = 0
-    for number, raw in enumerate(stream, start=1):
-        line = without_bom(path, raw) if number == 1 else raw
+    offset, number = 0, 0
+    while raw := stream.readline(limit.bytes + 2):
+        number += 1
+        size = len(raw)
+        if size > limit.bytes and len(raw.rstrip(b"\r\n")) > limit.bytes:
+            raise limit.exceeded(f"{path}:{number}", "the line")
+        if number == 1:
+            raw = without_bom(path, raw)
         try:
-            text = line.decode()
+            text = raw.decode()
         except UnicodeDecodeError as error:
-            raise not_utf8(path, offset + len(raw) - len(line) + error.start) from None
-        offset += len(raw)
+            raise not_utf8(path, offset + size - len(raw) + error.start) from None
+        offset += size
+        del raw  # a long line is held once, not twice
         yield text
 
 
@@ -71,7 +78,7 @@ def without_bom(path: Path, first: bytes) -> bytes:
         if first.startswith(bom):
             raise UserError(
                 f"{path}: the file is {name}, not UTF-8 (byte order mark at offset 0)",
-                f"convert it: iconv -f {name} -t UTF-8 {path.name} > utf8-{path.name}",
+                f"convert it: {_iconv(path, name)}",
             )
     for magic, (name, ending) in MAGIC.items():
         if first.startswith(magic):
@@ -79,19 +86,52 @@ def without_bom(path: Path, first: bytes) -> bytes:
                 f"{path}: the file is {name}, which its name does not say",
                 f"rename it so that it ends in {ending}",
             )
-    nulls = first.count(0)
-    if nulls > len(first) // 4:  # every other byte of western text in UTF-16
-        raise UserError(
-            f"{path}: the file looks like UTF-16 without a byte order mark (zero byte at offset {first.index(0)})",
-            f"convert it: iconv -f UTF-16LE -t UTF-8 {path.name} > utf8-{path.name}",
-        )
+    if (nulls := first.count(0)) > len(first) // 4:
+        raise _zeros(path, first[:BLOCK], nulls == len(first))
     return first.removeprefix(codecs.BOM_UTF8)
+
+
+def _zeros(path: Path, first: bytes, only: bool) -> UserError:
+    """What a file is that begins with many zero bytes."""
+    if only:
+        return UserError(
+            f"{path}: begins with {len(first):,} zero bytes: it was never written, or the disk was full",
+            "make or download it again",
+        )
+    at_even, at_odd = (first[parity::2].count(0) for parity in (0, 1))
+    # every other byte of western text in UTF-16
+    if max(at_even, at_odd) > 4 * min(at_even, at_odd):
+        name = "UTF-16LE" if at_odd > at_even else "UTF-16BE"
+        return UserError(
+            f"{path}: the file looks like UTF-16 without a byte order mark (zero byte at offset {first.index(0)})",
+            f"convert it: {_iconv(path, name)}",
+        )
+    return UserError(
+        f"{path}: binary data, not text (zero byte at offset {first.index(0)})",
+        f"look at it with `file {path.name}`; known are text, json, jsonl, csv and parquet",
+    )
+
+
+# How to unpack and pack a file in a shell, by its ending.
+PACKERS = {".gz": ("zcat", "gzip"), ".zst": ("zstdcat", "zstd")}
+
+
+def _iconv(path: Path, encoding: str) -> str:
+    """The shell command that converts a file, compressed or not."""
+    convert, name = f"iconv -f {encoding} -t UTF-8", path.name
+    if path.suffix.lower() not in PACKERS:
+        return f"{convert} {name} > utf8-{name}"
+    unpack, pack = PACKERS[path.suffix.lower()]
+    return f"{unpack} {name} | {convert} | {pack} > utf8-{name}"
 
 
 def not_utf8(path: Path, offset: int) -> UserError:
     """The error that `path` holds something else at a byte offset, counted in the unpacked file."""
-    where = "in the unpacked file" if path.suffix.lower() in (".gz", ".zst") else "in the file"
+    packed = path.suffix.lower() in PACKERS
+    where = "in the unpacked file" if packed else "in the file"
     return UserError(
         f"{path}: not UTF-8 at byte offset {offset} {where}",
-        "convert it, as in `iconv -f ISO-8859-1 -t UTF-8`, or cut those bytes out",
+        f"convert it, as in `{_iconv(path, 'ISO-8859-1')}`, or cut those bytes out"
+        if packed
+        else "convert it, as in `iconv -f ISO-8859-1 -t UTF-8`, or cut those bytes out",
     )

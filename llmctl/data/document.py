@@ -5,7 +5,39 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from llmctl.errors import UserError
+from llmctl.recipe.ranges import MAX_DOCUMENT_MB
+
 EXAMPLES = 5
+MEGABYTE = 1_000_000  # bytes
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The size of one document or record: it is held in memory whole, so there must be one.
+
+    Text files have none where they are read in parts.
+
+    Args:
+        megabytes: of 10^6 bytes, after decompression.
+        field: the recipe field that sets it, for the hint.
+    """
+
+    megabytes: float = MAX_DOCUMENT_MB
+    field: str = "data.max_document_mb"
+
+    @property
+    def bytes(self) -> int:
+        """The same in bytes."""
+        return int(self.megabytes * MEGABYTE)
+
+    def exceeded(self, place: str, what: str, size: int | None = None) -> UserError:
+        """The error that `what` at `place` is larger; `size` in bytes if it is known."""
+        known = "" if size is None else f" ({size / MEGABYTE:,.0f} MB)"
+        return UserError(
+            f"{place}: {what} is larger than {self.megabytes:,g} MB{known}",
+            f"cut it into smaller documents, or raise {self.field}; memory grows by up to 6 times that",
+        )
 
 
 @dataclass(frozen=True)
@@ -26,6 +58,11 @@ class Document:
     line: int | None
     starts: bool = True
     ends: bool = True
+
+    @property
+    def place(self) -> str:
+        """Where it was read: "data.jsonl:3", or the file where it is a whole one."""
+        return self.source if self.line is None else f"{self.source}:{self.line}"
 
 
 @dataclass

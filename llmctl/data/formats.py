@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.data import convert
-from llmctl.data.document import Account
+from llmctl.data.document import Account, Limit
 from llmctl.data.readers import SURROGATE
-from llmctl.data.records import Record, holds_text, listed, place, records_in, shown
+from llmctl.data.records import DEFAULT_LIMIT, Record, holds_text, listed, place, records_in, shown
 from llmctl.data.shapes import Completion, Conversation, Labelled, Preference, Shape, Text
 from llmctl.data.sources import resolve
 from llmctl.data.turns import Bad, Message, Unusable
@@ -72,13 +72,16 @@ class Format:
     read: Callable[[dict[str, Any], set[str]], Shape]
 
 
-def examples(sources: Iterable[str | Path], text_field: str, account: Account) -> Iterator[Example]:
+def examples(
+    sources: Iterable[str | Path], text_field: str, account: Account, limit: Limit = DEFAULT_LIMIT
+) -> Iterator[Example]:
     """Every usable example of the sources, in order, while `account` counts all records.
 
     Args:
         sources: as for `resolve`.
         text_field: the key of the text in files of plain texts. If it is not `text`, a record that has
             it is text whatever else it has.
+        limit: of a record.
 
     Raises:
         UserError: as `records`; a record that fits no format, or another one than the first of its
@@ -86,7 +89,7 @@ def examples(sources: Iterable[str | Path], text_field: str, account: Account) -
     """
     for item in resolve(sources, "records"):
         reader = _Reader("text" if holds_text(item) else text_field)
-        yield from reader.examples(item, account)
+        yield from reader.examples(item, account, limit)
 
 
 class _Reader:
@@ -98,9 +101,9 @@ class _Reader:
         self.fits: set[tuple[str, ...]] = set()  # keys of records that were found to fit
         self.unread: set[str] = set()
 
-    def examples(self, item: Path | str, account: Account) -> Iterator[Example]:
+    def examples(self, item: Path | str, account: Account, limit: Limit) -> Iterator[Example]:
         dropped, kept = dict(account.counts), account.kept
-        for record in records_in(item, account):
+        for record in records_in(item, account, limit):
             keys = tuple(record.value)
             if keys not in self.fits:
                 self._check(record, keys)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmctl.cuts import LONGEST_PART, MayCut, anywhere_safe, next_cut
 from llmctl.data.builtin import BUILTIN
 from llmctl.data.decode import decoded
-from llmctl.data.document import Account, Document
-from llmctl.data.records import Record, kind, listed, parquet_rows, records_in, shown
+from llmctl.data.document import Account, Document, Limit
+from llmctl.data.records import DEFAULT_LIMIT, Record, kind, listed, parquet_rows, records_in, shown
 from llmctl.data.sources import BUILTIN_PREFIX, file_format, open_bytes, resolve
 from llmctl.errors import UserError, nearest
 
@@ -24,30 +26,29 @@ if TYPE_CHECKING:
 
 __all__ = ["Account", "Document", "documents", "resolve"]
 
-PART = 1 << 18  # characters after which a long text is cut into parts
-LONGEST_PART = 1 << 22  # characters after which it is cut even where that may change a token
-
 BLANK = "no text in it"
 NULL = "the text is null"
 SURROGATE = "half a surrogate pair, which is not text"
 FIELD_HINT = "say which field holds the text, as in data.text_field={}"
+UNCUT = "no place to cut within {:,} characters ({}): one token there may differ from those of the whole text"
 
-# Where a text may be cut so that byte-level BPE gives the same ids for the parts as for the whole: the
-# pre-tokenizers of GPT-2, Llama 3, Qwen 2 and GPT-4o all end a piece at these places. A cut after a
-# run of several newlines would not do: GPT-2 keeps the last one apart if a letter follows.
-SAFE_CUTS = (
-    re.compile(r"(?<=\S\n)(?=[^\W_])"),  # after a single newline, before a letter or digit
-    re.compile(r"(?<=\S)(?= [^\W_])"),  # before a single space that begins a word
-    re.compile(r"(?<=[^\W_])(?=[。！？；，、][^\W_])"),  # scripts without spaces: before punctuation
-)
+HALVES = re.compile("[\ud800-\udfff]")  # of surrogate pairs
 
 
-def documents(sources: Iterable[str | Path], text_field: str, account: Account) -> Iterator[Document]:
-    """Every document of the sources, in order, while `account` counts them.
+def documents(
+    sources: Iterable[str | Path],
+    text_field: str,
+    account: Account,
+    limit: Limit = DEFAULT_LIMIT,
+    may_cut: MayCut = anywhere_safe,
+) -> Iterator[Document]:
+    """Every document of the sources, in order, while `account` counts them; a long one in parts.
 
     Args:
         sources: as for `resolve`.
         text_field: the key or column of the text in json, jsonl, csv and parquet files.
+        limit: of a record; a text file is read in parts and may be of any size.
+        may_cut: as in `cuts`.
 
     Raises:
         UserError: as `resolve`; or, while reading, the first thing that is wrong with a file; or, at
@@ -56,9 +57,13 @@ def documents(sources: Iterable[str | Path], text_field: str, account: Account) 
     items = resolve(sources)
     for item in items:
         if isinstance(item, str):
-            yield from _of_builtin(item, account)
+            found = _of_builtin(item, account)
+        elif file_format(item) in TEXTS:
+            found = _text(item, account, may_cut)
         else:
-            yield from READERS[file_format(item) or ""](item, text_field, account)
+            found = READERS[file_format(item) or ""](item, text_field, account, limit)
+        for document in found:
+            yield from _in_parts(document, account, may_cut)
     if account.kept == 0:
         named = str(items[0]) if len(items) == 1 else f"{len(items)} files"
         raise UserError(
@@ -74,66 +79,67 @@ def _of_builtin(name: str, account: Account) -> Iterator[Document]:
 
 def _checked(document: Document, account: Account) -> Iterator[Document]:
     """The document, if it has text that can be written as UTF-8; either way it is counted."""
-    place = document.source if document.line is None else f"{document.source}:{document.line}"
+    place = document.place
     if not document.text or document.text.isspace():
         account.drop(BLANK, place)
         return
-    try:
-        document.text.encode()
-    except UnicodeEncodeError:
+    if HALVES.search(document.text):  # a copy in UTF-8 would tell as well, but take as much memory again
         account.drop(SURROGATE, place)
         return
     account.keep()
     yield document
 
 
-def _text(path: Path, text_field: str, account: Account) -> Iterator[Document]:
+def _in_parts(document: Document, account: Account, may_cut: MayCut) -> Iterator[Document]:
+    """The document, in parts if it is long and not a part already."""
+    text, begin = document.text, 0
+    while document.starts and document.ends and (found := next_cut(text, begin, may_cut)) is not None:
+        cut, exact = found
+        if not exact:
+            account.note(UNCUT.format(LONGEST_PART, document.place))
+        yield replace(document, text=text[begin:cut], starts=begin == 0, ends=False)
+        begin = cut
+    yield replace(document, text=text[begin:], starts=False) if begin else document
+
+
+def _text(path: Path, account: Account, may_cut: MayCut) -> Iterator[Document]:
     """One document a file; a long one in parts. Line ends stay as they are."""
     held, starts = "", True
     with open_bytes(path, account) as stream:
         for text in decoded(path, stream):
             held += text
-            cut = _cut(held)
-            if cut is None:
-                continue
-            if starts:
-                account.keep()
-            yield Document(held[:cut], str(path), None, starts=starts, ends=False)
-            held, starts = held[cut:], False
+            begin = 0
+            while (found := next_cut(held, begin, may_cut)) is not None:
+                cut, exact = found
+                if starts:
+                    account.keep()
+                if not exact:
+                    account.note(UNCUT.format(LONGEST_PART, path))
+                yield Document(held[begin:cut], str(path), None, starts=starts, ends=False)
+                begin, starts = cut, False
+            held = held[begin:]
     if starts:
         yield from _checked(Document(held, str(path), None), account)
     else:
         yield Document(held, str(path), None, starts=False)
 
 
-def _cut(text: str) -> int | None:
-    """Where to end a part, as near to the end of `text` as a safe place lies; None to read on."""
-    if len(text) < PART:
-        return None
-    for begin in (len(text) - len(text) // 8, 0):
-        for pattern in SAFE_CUTS:
-            places = [match.start() for match in pattern.finditer(text, begin)]
-            if places and places[-1] > 0:
-                return places[-1]
-    return len(text) - 1 if len(text) >= LONGEST_PART else None
-
-
-def _field(path: Path, text_field: str, account: Account) -> Iterator[Document]:
+def _field(path: Path, text_field: str, account: Account, limit: Limit) -> Iterator[Document]:
     """One field of each record."""
-    for record in records_in(path, account):
+    for record in records_in(path, account, limit):
         if text_field not in record.value:
             raise _no_field(record.place, text_field, list(record.value))
         yield from _of_record(record, text_field, account)
 
 
-def _column(path: Path, text_field: str, account: Account) -> Iterator[Document]:
+def _column(path: Path, text_field: str, account: Account, limit: Limit) -> Iterator[Document]:
     """One column of each row; the others are not decoded."""
 
     def column(file: pq.ParquetFile) -> list[str]:
         _check_column(path, file, text_field)
         return [text_field]
 
-    for record in parquet_rows(path, account, column):
+    for record in parquet_rows(path, account, column, limit):
         yield from _of_record(record, text_field, account)
 
 
@@ -172,12 +178,9 @@ def _no_field(place: str, text_field: str, names: list[str]) -> UserError:
     )
 
 
-# How to read each extension. To add one: a reader above, a line here, the extension in FORMATS.
-READERS: dict[str, Callable[[Path, str, Account], Iterator[Document]]] = {
-    ".txt": _text,
-    ".md": _text,
-    ".rst": _text,
-    ".py": _text,
+# How to read each extension. To add one: a line in TEXTS, or a reader above and a line here; the extension in FORMATS.
+TEXTS = (".txt", ".md", ".rst", ".py")
+READERS: dict[str, Callable[[Path, str, Account, Limit], Iterator[Document]]] = {
     ".json": _field,
     ".jsonl": _field,
     ".csv": _field,

@@ -7,20 +7,19 @@ with the line. What the keys mean is no matter here: see `formats` for examples,
 from __future__ import annotations
 
 import csv
-import json
-import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from llmctl.data.array import Array, why_not
+from llmctl.data.array import Array
 from llmctl.data.builtin import BUILTIN, BUILTIN_RECORDS
 from llmctl.data.decode import BLOCK, decoded, lines
-from llmctl.data.document import Account
+from llmctl.data.document import Account, Limit
 from llmctl.data.sources import BUILTIN_PREFIX, file_format, open_bytes, reading, resolve
+from llmctl.data.strict_json import DECODER, MOST_NAMES, refuse_many_values, shown, why_not
 from llmctl.errors import UserError, one_of
 
 if TYPE_CHECKING:
@@ -28,8 +27,9 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 PARQUET_ROWS = 256  # rows decoded at a time
-MOST_NAMES, LONGEST_NAME = 20, 60  # keys in a message, characters in one of them
-LONGEST_CELL = 1 << 26  # characters in a cell of a csv file; the csv module's own limit is 1 << 17
+BATCH_BYTES = 1 << 24  # of rows of a parquet file decoded at a time
+DEFAULT_LIMIT = Limit()
+LONG_MAX = (1 << 31) - 1  # what a C long holds everywhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,9 @@ def place(source: str, line: int, column: int = 0) -> str:
     return f"{source}:{line}:{column}" if column else f"{source}:{line}"
 
 
-def records(sources: Iterable[str | Path], account: Account) -> Iterator[Record]:
+def records(
+    sources: Iterable[str | Path], account: Account, limit: Limit = DEFAULT_LIMIT
+) -> Iterator[Record]:
     """Every record of the sources, in order. A text file or a text of a builtin is {"text": …}.
 
     `account` counts the bytes, and what a builtin leaves out; whether a record is kept, the caller
@@ -68,14 +70,14 @@ def records(sources: Iterable[str | Path], account: Account) -> Iterator[Record]
         UserError: as `resolve`; or, while reading, the first thing that is wrong with a file.
     """
     for item in resolve(sources, "records"):
-        yield from records_in(item, account)
+        yield from records_in(item, account, limit)
 
 
-def records_in(item: Path | str, account: Account) -> Iterator[Record]:
+def records_in(item: Path | str, account: Account, limit: Limit = DEFAULT_LIMIT) -> Iterator[Record]:
     """The records of one thing that `resolve` found."""
     if isinstance(item, str):
         return _of_builtin(item, account)
-    return READERS[file_format(item) or ""](item, account)
+    return READERS[file_format(item) or ""](item, account, limit)
 
 
 def holds_text(item: Path | str) -> bool:
@@ -99,12 +101,6 @@ def kind(value: Any) -> str:
     return names.get(type(value), f"of type {type(value).__name__}")
 
 
-def shown(name: str) -> str:
-    """A key of a record as the messages print it: short, and without what does not print."""
-    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name[: LONGEST_NAME + 1])
-    return printable if len(printable) <= LONGEST_NAME else f"{printable[:LONGEST_NAME]}…"
-
-
 def listed(names: Iterable[str], most: int = MOST_NAMES) -> str:
     """Some of the keys of a record: `a`, `b`, …"""
     found = list(names)
@@ -121,63 +117,39 @@ def _of_builtin(item: str, account: Account) -> Iterator[Record]:
             yield Record({"text": document.text}, item, document.line or 1)
 
 
-def _text(path: Path, account: Account) -> Iterator[Record]:
+def _text(path: Path, account: Account, limit: Limit) -> Iterator[Record]:
+    parts, size = [], 0
     with open_bytes(path, account) as stream:
-        yield Record({"text": "".join(decoded(path, stream))}, str(path), 1)
+        for part in decoded(path, stream):
+            parts.append(part)
+            size += len(part)
+            if size > limit.bytes:
+                raise limit.exceeded(str(path), "the text, which is one record here,")
+    yield Record({"text": "".join(parts)}, str(path), 1)
 
 
 # --- JSON -------------------------------------------------------------------------------------------
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the key `{shown(key)}` is given twice")
-            seen.add(key)
-    return made
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if math.isinf(number):
-        raise ValueError(f"the number {digits[:20]} is too large")
-    return number
-
-
-# Strict where Python's own is lenient: it would take the last of two equal keys, and NaN.
-DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
-
-
-def _json(path: Path, account: Account) -> Iterator[Record]:
+def _json(path: Path, account: Account, limit: Limit) -> Iterator[Record]:
     source = str(path)
     with open_bytes(path, account) as stream:
-        for line, column, value in Array(path, decoded(path, stream), DECODER):
+        for line, column, value in Array(path, decoded(path, stream), DECODER, limit):
             yield Record(value, source, line, column)
 
 
-def _jsonl(path: Path, account: Account) -> Iterator[Record]:
+def _jsonl(path: Path, account: Account, limit: Limit) -> Iterator[Record]:
     """One object a line. Lines without anything on them are not records."""
     source = str(path)
     with open_bytes(path, account) as stream:
-        for number, line in enumerate(lines(path, stream), start=1):
+        for number, line in enumerate(lines(path, stream, limit), start=1):
             if not line or line.isspace():
                 continue
             try:
-                value = DECODER.decode(line.rstrip("\r\n"))
+                value = _decoded(line, f"{path}:{number}")
             except (ValueError, RecursionError) as error:
-                array = number == 1 and line.lstrip().startswith("[")
-                raise UserError(
-                    f"{path}:{number}: invalid JSON ({why_not(error)})",
-                    "a jsonl file holds one JSON object a line; "
-                    + ("rename it to .json if it is one list" if array else "mend or delete this line"),
-                ) from None
+                raise _bad_line(path, number, line, error) from None
+            del line  # a long one is not held beside what is in it
             if type(value) is not dict:
                 raise UserError(
                     f"{path}:{number}: the line holds {kind(value)}, not an object",
@@ -186,19 +158,50 @@ def _jsonl(path: Path, account: Account) -> Iterator[Record]:
             yield Record(value, source, number)
 
 
+def _decoded(line: str, place: str) -> Any:
+    refuse_many_values(place, line)
+    try:
+        return DECODER.decode(line)  # which takes white space at the end
+    except ValueError:
+        # a string without an end would be told as one with a line break in it
+        return DECODER.decode(line.rstrip("\r\n"))
+
+
+def _bad_line(path: Path, number: int, line: str, error: ValueError | RecursionError) -> UserError:
+    place = f"{path}:{number}"
+    if not line.strip("\0\r\n"):
+        return UserError(
+            f"{place}: the line holds zero bytes only: it was never written, or the disk was full",
+            "delete the line, or copy or download the file again",
+        )
+    if "\r" in line.rstrip("\r\n"):
+        return UserError(f"{place}: {OLD_MAC}", OLD_MAC_HINT)
+    array = number == 1 and line.lstrip().startswith("[")
+    return UserError(
+        f"{place}: invalid JSON ({why_not(error)})",
+        "a jsonl file holds one JSON object a line; "
+        + ("rename it to .json if it is one list" if array else "mend or delete this line"),
+    )
+
+
+OLD_MAC = "lines end with a carriage return alone, not with a line feed"
+OLD_MAC_HINT = r"convert it, as in `tr '\r' '\n' < OLD > NEW`"
+
+
 # --- csv --------------------------------------------------------------------------------------------
 
 
-def _csv(path: Path, account: Account) -> Iterator[Record]:
+def _csv(path: Path, account: Account, limit: Limit) -> Iterator[Record]:
     """One record a row, its keys from the first row. All values are strings."""
-    csv.field_size_limit(LONGEST_CELL)
+    csv.field_size_limit(min(limit.bytes, LONG_MAX))  # the csv module's own limit is 1 << 17
     source, begins = str(path), 1
     with open_bytes(path, account) as stream:
-        rows = csv.reader(lines(path, stream), strict=True)
+        row_lines = _RowLines(path, lines(path, stream, limit), limit)
+        rows = csv.reader(row_lines, strict=True)
         try:
             header = next((row for row in rows if row), [])
             _check_header(path, header)
-            begins = rows.line_num + 1
+            begins = row_lines.begin(rows.line_num + 1)
             for row in rows:
                 if len(row) == len(header):
                     yield Record(dict(zip(header, row, strict=True)), source, begins)
@@ -207,12 +210,39 @@ def _csv(path: Path, account: Account) -> Iterator[Record]:
                         f"{path}:{begins}: {len(row)} cells, but the header has {len(header)}",
                         'a cell with a comma, a quote or a line break in it stands in "quotes"',
                     )
-                begins = rows.line_num + 1
+                begins = row_lines.begin(rows.line_num + 1)
         except csv.Error as error:
+            if "field larger" in str(error):
+                raise limit.exceeded(f"{path}:{begins}", "a cell") from None
+            if "new-line character" in str(error):
+                raise UserError(f"{path}:{begins}: {OLD_MAC}", OLD_MAC_HINT) from None
             raise UserError(
                 f"{path}:{begins}: not a csv record ({str(error).split(' - ')[0]})",
                 'cells stand between commas; inside a cell in "quotes" a quote is doubled, as ""',
             ) from None
+
+
+class _RowLines:
+    """The lines of a csv file; those of one row may take no more than `limit` together."""
+
+    def __init__(self, path: Path, found: Iterator[str], limit: Limit) -> None:
+        self._path, self._lines, self._limit = path, found, limit
+        self._begins, self._size = 1, 0
+
+    def begin(self, line: int) -> int:
+        """Say that a row begins on `line`, which is returned."""
+        self._begins, self._size = line, 0
+        return line
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self._size += len(line)
+        if self._size > self._limit.bytes + 2:
+            raise self._limit.exceeded(f"{self._path}:{self._begins}", "the row")
+        return line
 
 
 def _check_header(path: Path, header: list[str]) -> None:
@@ -236,19 +266,19 @@ def _check_names(place: str, names: list[str]) -> None:
 # --- parquet ----------------------------------------------------------------------------------------
 
 
-def _parquet(path: Path, account: Account) -> Iterator[Record]:
+def _parquet(path: Path, account: Account, limit: Limit) -> Iterator[Record]:
     def all_columns(file: pq.ParquetFile) -> list[str]:
         names: list[str] = file.schema_arrow.names
         _check_names(str(path), names)
         return names
 
-    return parquet_rows(path, account, all_columns)
+    return parquet_rows(path, account, all_columns, limit)
 
 
 def parquet_rows(
-    path: Path, account: Account, columns: Callable[[pq.ParquetFile], list[str]]
+    path: Path, account: Account, columns: Callable[[pq.ParquetFile], list[str]], limit: Limit
 ) -> Iterator[Record]:
-    """One record a row, decoded a few hundred rows at a time.
+    """One record a row, decoded a few hundred rows at a time, fewer where they are large.
 
     Args:
         columns: says which ones are read; what it raises is raised.
@@ -263,13 +293,20 @@ def parquet_rows(
         if compressed:
             # parquet is read from its end, a compressed stream only from its beginning
             with open_bytes(path, Account()) as stream:
+                first = stream.read(BLOCK)
+                if not first.startswith(b"PAR1"):
+                    raise UserError(
+                        f"{path}: not a parquet file, or a damaged one (what is packed does not begin with PAR1)",
+                        "copy or download it again",
+                    )
+                unpacked.write(first)
                 shutil.copyfileobj(stream, unpacked)
         try:
             with pq.ParquetFile(unpacked if compressed else path, buffer_size=BLOCK) as file:
                 wanted = columns(file)
                 share = size / max(1, file.metadata.num_rows)
                 before = account.input_bytes
-                for batch in _row_batches(file, wanted):
+                for batch in _row_batches(path, file, wanted, limit):
                     names = batch.schema.names
                     for cells in zip(*batch.columns, strict=True):
                         number += 1
@@ -291,10 +328,32 @@ def parquet_rows(
             ) from error
 
 
-def _row_batches(file: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _row_batches(
+    path: Path, file: pq.ParquetFile, columns: list[str], limit: Limit
+) -> Iterator[pa.RecordBatch]:
+    begins = 1
     # One row group after the other: a single iterator over all of them holds on to what it has read.
     for group in range(file.num_row_groups):
-        yield from file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=columns, use_threads=False)
+        about = file.metadata.row_group(group)
+        count = max(1, about.num_rows)
+        parts = (about.column(number) for number in range(about.num_columns))
+        size = sum(
+            part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in columns
+        )
+        if size // count > limit.bytes:
+            raise limit.exceeded(f"{path}: row {begins}", "a row of its row group", size // count)
+        rows = min(PARQUET_ROWS, max(1, BATCH_BYTES * count // max(1, size)))
+        for batch in file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
+            if batch.nbytes > limit.bytes:
+                _refuse_large(path, batch, begins, limit)
+            yield batch
+            begins += batch.num_rows
+
+
+def _refuse_large(path: Path, batch: pa.RecordBatch, begins: int, limit: Limit) -> None:
+    for number in range(batch.num_rows):
+        if (size := batch.slice(number, 1).nbytes) > limit.bytes:
+            raise limit.exceeded(f"{path}: row {begins + number}", "the row", size)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -310,7 +369,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 # How to read each extension. To add one: a reader above, a line here, the extension in FORMATS.
-READERS: dict[str, Callable[[Path, Account], Iterator[Record]]] = {
+READERS: dict[str, Callable[[Path, Account, Limit], Iterator[Record]]] = {
     ".txt": _text,
     ".md": _text,
     ".rst": _text,

@@ -26,9 +26,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from llmctl.cuts import MayCut, anywhere_safe
 from llmctl.data.builtin import BUILTIN
-from llmctl.data.document import Account, Document
+from llmctl.data.document import MEGABYTE, Account, Document, Limit
 from llmctl.data.readers import documents
+from llmctl.data.records import DEFAULT_LIMIT
 from llmctl.data.sources import BUILTIN_PREFIX, file_format, reading, resolve, total_bytes
 from llmctl.errors import UserError
 from llmctl.files import CHUNK, disk_errors, file_hash, folder_atomic, write_json
@@ -38,8 +40,7 @@ FORMAT = 1
 META = "meta.json"
 COLUMNS = ("ids", "doc_start", "doc_bytes", "doc_origin")
 BATCH_DOCUMENTS = 512
-BATCH_CHARACTERS = 1 << 20
-MEGABYTE = 1e6
+BATCH_CHARACTERS = 1 << 18  # a tokenizer takes 150 to 500 bytes for each while it works
 ELSEWHERE = "set data.cache_dir (for eval: eval.cache_dir) to a folder you can write"
 
 
@@ -53,6 +54,8 @@ class Encoder:
         eos_id: put after every document; None for nothing.
         vocab_size: every id is below it, special and added tokens included.
         fingerprint: differs between tokenizers that would give other ids.
+        may_cut: where it lets a text be cut, as in `cuts`.
+        adds_space: it puts a space before every text, so a part that goes on after one leaves that to it.
     """
 
     encode_batch: Callable[[list[str]], list[list[int]]]
@@ -60,6 +63,16 @@ class Encoder:
     eos_id: int | None
     vocab_size: int
     fingerprint: str
+    may_cut: MayCut = anywhere_safe
+    adds_space: bool = False
+
+    def encode(self, batch: list[Document]) -> list[list[int]]:
+        """The ids of documents and of parts of documents."""
+        return self.encode_batch([self._shown(document) for document in batch])
+
+    def _shown(self, document: Document) -> str:
+        goes_on = self.adds_space and not document.starts and document.text.startswith(" ")
+        return document.text[1:] if goes_on else document.text
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,12 @@ class Shards:
 
 
 def open_shards(
-    sources: Iterable[str | Path], text_field: str, encoder: Encoder, cache_dir: str | Path, talk: Talk
+    sources: Iterable[str | Path],
+    text_field: str,
+    encoder: Encoder,
+    cache_dir: str | Path,
+    talk: Talk,
+    limit: Limit = DEFAULT_LIMIT,
 ) -> Shards:
     """The token ids of `sources`, from the cache or made now. One process makes an entry at a time.
 
@@ -114,7 +132,7 @@ def open_shards(
                 found = _load(path, items, talk)  # another process may have made it meanwhile
                 if found is None:
                     with folder_atomic(path, ELSEWHERE) as folder:
-                        _build(folder, items, text_field, encoder, talk)
+                        _build(folder, items, text_field, encoder, talk, limit)
                         _refuse_changed(before, _stamps(items))
                     return _made(path, items, talk)
     talk.say(f"reusing {found.ids.size:,} tokens of {found.doc_bytes.size:,} documents from {path}")
@@ -172,6 +190,8 @@ def _megabytes(items: list[Path | str]) -> float | None:
 def _key(items: list[Path | str], text_field: str, encoder: Encoder, talk: Talk) -> str:
     parts: list[Any] = [FORMAT, text_field, encoder.fingerprint, encoder.bos_id, encoder.eos_id]
     parts.append(encoder.vocab_size)
+    if encoder.adds_space:
+        parts.append("parts go on after a space")  # which earlier versions did not know
     with talk.bar("checking data", _megabytes(items), "MB") as bar:
         for item in items:
             if isinstance(item, str):
@@ -199,15 +219,17 @@ def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _build(folder: Path, items: list[Path | str], text_field: str, encoder: Encoder, talk: Talk) -> None:
+def _build(
+    folder: Path, items: list[Path | str], text_field: str, encoder: Encoder, talk: Talk, limit: Limit
+) -> None:
     account = Account()
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in COLUMNS}
         writer = _Writer(files, [str(item) for item in items], encoder)
         bar = stack.enter_context(talk.bar("tokenizing", _megabytes(items), "MB"))
         told = 0
-        for batch in _batches(documents(items, text_field, account)):
-            writer.add(batch, encoder.encode_batch([document.text for document in batch]))
+        for batch in _batches(documents(items, text_field, account, limit, encoder.may_cut)):
+            writer.add(batch, encoder.encode(batch))
             _tell(bar, account.input_bytes - told, writer.tokens)
             told = account.input_bytes
         _tell(bar, account.input_bytes - told, writer.tokens)

@@ -7,6 +7,7 @@ import glob
 import gzip
 import io
 import os
+import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ HUB_ENDINGS = tuple(
     for packed in ("", *COMPRESSIONS)
 )
 BUFFER = 1 << 18  # bytes
+MOST_CHECKED = 1 << 30  # bytes that are unpacked only to find out whether an archive is damaged
 
 Wanted = Literal["text", "records"]
 
@@ -119,9 +121,20 @@ def _file(path: Path) -> Path:
             f"{path}: cannot tell how to read `{path.suffix or path.name}` files",
             f"known are {one_of(list(FORMATS))}, each also with .gz or .zst; rename or convert it",
         )
+    if not path.is_file():
+        raise UserError(
+            f"{path}: not a regular file, but {_kind(path.stat().st_mode)}",
+            "write it to a file first: data is read more than once",
+        )
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty", "check how it was made, or leave it out")
     return path
+
+
+def _kind(mode: int) -> str:
+    """What a file is that is neither a regular one nor a folder."""
+    kinds = {stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+    return next((name for test, name in kinds.items() if test(mode)), "a device")
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -179,14 +192,28 @@ def open_bytes(path: Path, account: Account) -> Iterator[BinaryIO]:
     with reading(path), contextlib.ExitStack() as stack:
         raw = stack.enter_context(io.BufferedReader(_CountedFile(path, account), BUFFER))
         if suffix == ".gz":
-            yield stack.enter_context(gzip.open(raw))
+            yield from _checked(stack.enter_context(gzip.open(raw)))
         elif suffix == ".zst":
             import pyarrow as pa
 
             stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
-            yield stack.enter_context(io.BufferedReader(stream, BUFFER))
+            yield from _checked(stack.enter_context(io.BufferedReader(stream, BUFFER)))
         else:
             yield raw
+
+
+def _checked(stream: BinaryIO) -> Iterator[BinaryIO]:
+    """A decompressed stream. If its text is in error, damage is looked for first, which checksums show at the end.
+
+    So a damaged archive is not told as bad JSON. Raises what the decompressor raises.
+    """
+    try:
+        yield stream
+    except UserError:
+        for _ in range(MOST_CHECKED // BUFFER):
+            if not stream.read(BUFFER):
+                break
+        raise
 
 
 @contextlib.contextmanager

@@ -7,13 +7,13 @@ import json
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
-from llmctl.data.document import EXAMPLES, Account
+from llmctl.data.document import EXAMPLES, Account, Limit
 from llmctl.data.formats import FORMATS, Example
-from llmctl.data.records import place, records
+from llmctl.data.records import DEFAULT_LIMIT, place, records
 from llmctl.data.shapes import Completion, Conversation, Labelled, Preference, Shape, Text
 from llmctl.data.turns import REASONING, Message, content_of
 
@@ -23,6 +23,9 @@ WANTED, UNWANTED = "wanted", "unwanted"
 SCRIPTS = {"CJK": "Han", "IDEOGRAPHIC": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana"}
 WIDTHS = ("FULLWIDTH", "HALFWIDTH")  # the script comes second
 COMMON = ("MODIFIER", "MATHEMATICAL", "MICRO", "FEMININE", "MASCULINE", "SCRIPT", "DOUBLE", "BLACK", "TURNED")
+
+
+BATCH, BATCH_CHARACTERS = 512, 1 << 22  # examples held at a time, and their text
 
 
 class Spread:
@@ -152,11 +155,25 @@ def said(message: Message) -> str:
     return "\n".join(filter(None, [thought, content_of(message), *calls]))
 
 
+def in_batches(found: Iterable[Example]) -> Iterator[list[Example]]:
+    """Examples some hundred at a time, fewer where they are long."""
+    batch: list[Example] = []
+    size = 0
+    for example in found:
+        batch.append(example)
+        size += sum(len(text) for _, text in parts(example.shape))
+        if len(batch) == BATCH or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def _joined(messages: list[Message]) -> str:
     return "\n".join(map(said, messages))
 
 
-def empty_inputs(sources: dict[str, str]) -> dict[str, int] | None:
+def empty_inputs(sources: dict[str, str], limit: Limit = DEFAULT_LIMIT) -> dict[str, int] | None:
     """Records whose `input` is empty or missing, and records at all, in files of a format that has one.
 
     The files are read again for it, because a finished example no longer knows.
@@ -167,7 +184,7 @@ def empty_inputs(sources: dict[str, str]) -> dict[str, int] | None:
     having = [source for source, format in sources.items() if _has_input(format)]
     if not having:
         return None
-    found = [not str(record.value.get("input") or "").strip() for record in records(having, Account())]
+    found = [not str(record.value.get("input") or "").strip() for record in records(having, Account(), limit)]
     return {"records": sum(found), "of": len(found)}
 
 

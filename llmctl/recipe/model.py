@@ -14,6 +14,7 @@ from llmctl.errors import nearest, one_of
 from llmctl.recipe.base import Mistake, Section, about
 from llmctl.recipe.experts import Experts
 from llmctl.recipe.mixers import LshSection, MlaSection, RoutingSection, SsmSection
+from llmctl.recipe.ranges import MOST_ENTRIES, MOST_FACTOR, MOST_LAYERS, MOST_PARTS, MOST_TOKENS, MOST_WIDTH
 from llmctl.recipe.rope import RopeDefault, RopeParameters
 from llmctl.recipe.sense import SECTION_OF, SECTIONS, mistakes
 
@@ -32,7 +33,6 @@ Ffn = Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu", "relu2", "none"]
 AttentionBias = Literal["none", "qkv", "all"]
 
 GATED = ("swiglu", "geglu")
-MOST_LAYERS = 10_000  # a config with more is damaged, and lists a layer would fill the memory
 
 
 def _known_layer(entry: str) -> str:
@@ -60,37 +60,41 @@ class ModelSection(Section):
 
     family: Family = about("model.family", "auto")
     stack: StackKind = about("model.stack", "decoder")
-    vocab_size: int | None = about("model.vocab_size", None, gt=0)
-    type_vocab_size: int = about("model.type_vocab_size", 0, ge=0)
-    hidden_size: int = about("model.hidden_size", 256, gt=0)
-    intermediate_size: int | None = about("model.intermediate_size", None, gt=0)
+    vocab_size: int | None = about("model.vocab_size", None, gt=0, le=MOST_ENTRIES)
+    type_vocab_size: int = about("model.type_vocab_size", 0, ge=0, le=MOST_WIDTH)
+    hidden_size: int = about("model.hidden_size", 256, gt=0, le=MOST_WIDTH)
+    intermediate_size: int | None = about("model.intermediate_size", None, gt=0, le=MOST_WIDTH)
     num_hidden_layers: int = about("model.num_hidden_layers", 4, gt=0, le=MOST_LAYERS)
     num_decoder_layers: int | None = about("model.num_decoder_layers", None, gt=0, le=MOST_LAYERS)
-    num_attention_heads: int = about("model.num_attention_heads", 4, gt=0)
-    num_key_value_heads: int | None = about("model.num_key_value_heads", None, gt=0)
-    head_dim: int | None = about("model.head_dim", None, gt=0)
-    max_position_embeddings: int = about("model.max_position_embeddings", 512, gt=0)
+    num_attention_heads: int = about("model.num_attention_heads", 4, gt=0, le=MOST_PARTS)
+    num_key_value_heads: int | None = about("model.num_key_value_heads", None, gt=0, le=MOST_PARTS)
+    head_dim: int | None = about("model.head_dim", None, gt=0, le=MOST_WIDTH)
+    max_position_embeddings: int = about("model.max_position_embeddings", 512, gt=0, le=MOST_TOKENS)
     norm: Norm = about("model.norm", "rmsnorm")
-    norm_eps: float = about("model.norm_eps", 1e-5, gt=0)
+    norm_eps: float = about("model.norm_eps", 1e-5, gt=0, le=1)
     norm_placement: NormPlacement = about("model.norm_placement", "pre")
     embedding_norm: bool = about("model.embedding_norm", False)
     position: Position = about("model.position", "rope")
-    position_offset: int = about("model.position_offset", 0, ge=0)
+    position_offset: int = about("model.position_offset", 0, ge=0, le=MOST_TOKENS)
     rope_parameters: RopeParameters = about("model.rope_parameters", RopeDefault())
-    relative_attention_num_buckets: int = about("model.relative_attention_num_buckets", 32, gt=3)
-    relative_attention_max_distance: int = about("model.relative_attention_max_distance", 128, gt=1)
+    relative_attention_num_buckets: int = about(
+        "model.relative_attention_num_buckets", 32, gt=3, le=MOST_PARTS
+    )
+    relative_attention_max_distance: int = about(
+        "model.relative_attention_max_distance", 128, gt=1, le=MOST_TOKENS
+    )
     attention: Attention = about("model.attention", "gqa")
     mla: MlaSection | None = about("model.mla", None)
     attention_bias: AttentionBias = about("model.attention_bias", "none")
     qk_norm: bool = about("model.qk_norm", False)
-    query_pre_attn_scalar: float | None = about("model.query_pre_attn_scalar", None, gt=0)
-    attn_logit_softcapping: float | None = about("model.attn_logit_softcapping", None, gt=0)
+    query_pre_attn_scalar: float | None = about("model.query_pre_attn_scalar", None, gt=0, le=MOST_FACTOR)
+    attn_logit_softcapping: float | None = about("model.attn_logit_softcapping", None, gt=0, le=MOST_FACTOR)
     pattern: list[LayerKind] = about("model.pattern", ["full"], min_length=1)
-    sliding_window: int | None = about("model.sliding_window", None, gt=0)
-    dilation: int | None = about("model.dilation", None, gt=1)
-    num_global_tokens: int | None = about("model.num_global_tokens", None, gt=0)
-    block_size: int | None = about("model.block_size", None, gt=0)
-    num_random_blocks: int | None = about("model.num_random_blocks", None, gt=0)
+    sliding_window: int | None = about("model.sliding_window", None, gt=0, le=MOST_TOKENS)
+    dilation: int | None = about("model.dilation", None, gt=1, le=MOST_TOKENS)
+    num_global_tokens: int | None = about("model.num_global_tokens", None, gt=0, le=MOST_TOKENS)
+    block_size: int | None = about("model.block_size", None, gt=0, le=MOST_TOKENS)
+    num_random_blocks: int | None = about("model.num_random_blocks", None, gt=0, le=MOST_PARTS)
     routing: RoutingSection | None = about("model.routing", None)
     lsh: LshSection | None = about("model.lsh", None)
     ssm: SsmSection | None = about("model.ssm", None)
@@ -99,11 +103,11 @@ class ModelSection(Section):
     experts: Experts | None = about("model.experts", None)
     hidden_dropout: float = about("model.hidden_dropout", 0.0, ge=0, lt=1)
     attention_dropout: float = about("model.attention_dropout", 0.0, ge=0, lt=1)
-    embedding_multiplier: float = about("model.embedding_multiplier", 1.0, gt=0)
-    logits_scaling: float = about("model.logits_scaling", 1.0, gt=0)
-    final_logit_softcapping: float | None = about("model.final_logit_softcapping", None, gt=0)
+    embedding_multiplier: float = about("model.embedding_multiplier", 1.0, gt=0, le=MOST_FACTOR)
+    logits_scaling: float = about("model.logits_scaling", 1.0, gt=0, le=MOST_FACTOR)
+    final_logit_softcapping: float | None = about("model.final_logit_softcapping", None, gt=0, le=MOST_FACTOR)
     tie_word_embeddings: bool = about("model.tie_word_embeddings", True)
-    initializer_range: float = about("model.initializer_range", 0.02, gt=0)
+    initializer_range: float = about("model.initializer_range", 0.02, gt=0, le=MOST_FACTOR)
 
     @model_validator(mode="after")
     def makes_sense(self) -> ModelSection:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from llmctl.recipe.base import Section, StageRecipe, about
+from llmctl.recipe.ranges import MOST_NATS, MOST_STEPS, MOST_TOKENS
 from llmctl.recipe.train import Device, Threads
 from llmctl.recipe.tune import CompareRows
 
@@ -39,7 +40,7 @@ class QuantizeSection(Section):
     ] = about("quantize.group_size", None)
     symmetric: bool = about("quantize.symmetric", True)
     calibration: list[str] = about("quantize.calibration", [])
-    calibration_rows: int = about("quantize.calibration_rows", 128, ge=1)
+    calibration_rows: int = about("quantize.calibration_rows", 128, ge=1, le=MOST_STEPS)
     act_order: bool = about("quantize.act_order", True)
     damping: float = about("quantize.damping", 0.01, gt=0, le=10)
     threads: Threads = about("quantize.threads", "auto")
@@ -75,8 +76,8 @@ class ReceiptSection(CompareRows):
     """`compare.*` of a quantization: the model against what became of it, on the path that chat runs."""
 
     min_top1: float | None = about("compare.min_top1", None, ge=0, le=1)
-    max_kl: float | None = about("compare.max_kl", None, ge=0)
-    speed_tokens: int = about("compare.speed_tokens", 64, ge=8)
+    max_kl: float | None = about("compare.max_kl", None, ge=0, le=MOST_NATS)
+    speed_tokens: int = about("compare.speed_tokens", 64, ge=8, le=MOST_TOKENS)
 
 
 class QuantizeRecipe(StageRecipe):

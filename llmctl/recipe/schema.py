@@ -12,6 +12,15 @@ from llmctl.recipe.convert import ConvertRecipe
 from llmctl.recipe.generate import GenerateRecipe
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.quantize import QuantizeRecipe
+from llmctl.recipe.ranges import (
+    MAX_DOCUMENT_MB,
+    MOST_ENTRIES,
+    MOST_MEGABYTES,
+    MOST_RATE,
+    MOST_ROWS,
+    MOST_STEPS,
+    MOST_TOKENS,
+)
 from llmctl.recipe.train import Device, Dtype, Overlong, StepsSection, Threads
 from llmctl.recipe.tune import CompareRecipe, DpoRecipe, MergeRecipe, RewardRecipe, ScoreRecipe, SftRecipe
 
@@ -26,19 +35,20 @@ class DataSection(Section):
     eval: list[str] = about("data.eval", [])
     eval_fraction: float = about("data.eval_fraction", 0.01, ge=0, lt=1)
     text_field: str = about("data.text_field", "text")
-    max_length: int | None = about("data.max_length", None, gt=1)
+    max_length: int | None = about("data.max_length", None, gt=1, le=MOST_TOKENS)
     overlong: Overlong = about("data.overlong", "split")
     packing: bool = about("data.packing", True)
     isolate_documents: bool = about("data.isolate_documents", True)
+    max_document_mb: float = about("data.max_document_mb", MAX_DOCUMENT_MB, gt=0, le=MOST_MEGABYTES)
     cache_dir: str = about("data.cache_dir", CACHE_DIR)
 
 
 class TrainSection(StepsSection):
     """`train.*` of the one training loop."""
 
-    learning_rate: float = about("train.learning_rate", 1e-3, gt=0)
+    learning_rate: float = about("train.learning_rate", 1e-3, gt=0, le=MOST_RATE)
     torch_compile: bool = about("train.torch_compile", False)
-    eval_max_rows: int | None = about("train.eval_max_rows", None, ge=1)
+    eval_max_rows: int | None = about("train.eval_max_rows", None, ge=1, le=MOST_STEPS)
 
 
 class TokenizerData(Section):
@@ -46,6 +56,7 @@ class TokenizerData(Section):
 
     train: list[str] = about("data.train", [])
     text_field: str = about("data.text_field", "text")
+    max_document_mb: float = about("data.max_document_mb", MAX_DOCUMENT_MB, gt=0, le=MOST_MEGABYTES)
 
 
 class TokenizerRecipe(StageRecipe):
@@ -54,8 +65,8 @@ class TokenizerRecipe(StageRecipe):
     stage: Literal["tokenizer"] = about("stage", "tokenizer")
     out: str | None = about("out", None)
     kind: TokenizerKind = about("kind", "byte-bpe")
-    vocab_size: int = about("vocab_size", 8192, ge=1)
-    min_frequency: int = about("min_frequency", 2, ge=1)
+    vocab_size: int = about("vocab_size", 8192, ge=1, le=MOST_ENTRIES)
+    min_frequency: int = about("min_frequency", 2, ge=1, le=MOST_STEPS)
     chat_template: Literal["chatml", "none"] = about("chat_template", "chatml")
     data: TokenizerData = Field(TokenizerData(), description="what to learn from")
 
@@ -103,9 +114,10 @@ class EvalSection(Section):
     data: list[str] = about("eval.data", [])
     answers: bool = about("eval.answers", False)
     text_field: str = about("eval.text_field", "text")
-    max_length: int | None = about("eval.max_length", None, gt=1)
-    batch_size: int = about("eval.batch_size", 16, ge=1)
-    max_rows: int | None = about("eval.max_rows", None, ge=1)
+    max_length: int | None = about("eval.max_length", None, gt=1, le=MOST_TOKENS)
+    max_document_mb: float = about("eval.max_document_mb", MAX_DOCUMENT_MB, gt=0, le=MOST_MEGABYTES)
+    batch_size: int = about("eval.batch_size", 16, ge=1, le=MOST_ROWS)
+    max_rows: int | None = about("eval.max_rows", None, ge=1, le=MOST_STEPS)
     dtype: Dtype = about("eval.dtype", "float32")
     threads: Threads = about("eval.threads", "auto")
     cache_dir: str = about("eval.cache_dir", CACHE_DIR)

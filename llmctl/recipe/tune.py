@@ -8,6 +8,18 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from llmctl.recipe.base import Section, StageRecipe, about
 from llmctl.recipe.preference import DPO_RATES, REWARD_RATES, DpoSection, PreferenceTrain, RewardSection
+from llmctl.recipe.ranges import (
+    MAX_DOCUMENT_MB,
+    MOST_EPOCHS,
+    MOST_FACTOR,
+    MOST_MEGABYTES,
+    MOST_NATS,
+    MOST_PARTS,
+    MOST_RATE,
+    MOST_ROWS,
+    MOST_STEPS,
+    MOST_TOKENS,
+)
 from llmctl.recipe.train import Device, Dtype, Overlong, StepsSection, Threads
 
 Method = Literal["lora", "qlora", "full"]
@@ -28,8 +40,8 @@ def _targets(value: Any) -> Any:
 class LoraSection(Section):
     """`lora.*`: low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
 
-    r: int = about("lora.r", 16, ge=1)
-    alpha: float = about("lora.alpha", 32.0, gt=0)
+    r: int = about("lora.r", 16, ge=1, le=MOST_PARTS)
+    alpha: float = about("lora.alpha", 32.0, gt=0, le=MOST_FACTOR)
     dropout: float = about("lora.dropout", 0.0, ge=0, lt=1)
     target_modules: Annotated[
         Literal["all-linear"] | Annotated[list[str], Field(min_length=1)], BeforeValidator(_targets)
@@ -49,8 +61,9 @@ class ConversationData(Section):
     eval: list[str] = about("data.eval", [])
     eval_fraction: float = about("data.eval_fraction", 0.05, ge=0, lt=1)
     template: str = about("data.template", "auto", min_length=1)
-    max_length: int | None = about("data.max_length", None, gt=1)
+    max_length: int | None = about("data.max_length", None, gt=1, le=MOST_TOKENS)
     overlong: Overlong | None = about("data.overlong", None)
+    max_document_mb: float = about("data.max_document_mb", MAX_DOCUMENT_MB, gt=0, le=MOST_MEGABYTES)
 
 
 class PairData(ConversationData):
@@ -71,14 +84,14 @@ class SftData(ConversationData):
 class SftTrain(StepsSection):
     """`train.*` of SFT, in the one training loop."""
 
-    num_train_epochs: float = about("train.num_train_epochs", 3.0, gt=0)
-    per_device_train_batch_size: int = about("train.per_device_train_batch_size", 8, ge=1)
+    num_train_epochs: float = about("train.num_train_epochs", 3.0, gt=0, le=MOST_EPOCHS)
+    per_device_train_batch_size: int = about("train.per_device_train_batch_size", 8, ge=1, le=MOST_ROWS)
     warmup_ratio: float = about("train.warmup_ratio", 0.03, ge=0, lt=1)
-    weight_decay: float = about("train.weight_decay", 0.0, ge=0)
-    eval_max_rows: int | None = about("train.eval_max_rows", None, ge=1)
-    sample_steps: int | None = about("train.sample_steps", None, ge=1)
-    sample_tokens: int = about("train.sample_tokens", 64, ge=1)
-    early_stopping_patience: int | None = about("train.early_stopping_patience", None, ge=1)
+    weight_decay: float = about("train.weight_decay", 0.0, ge=0, le=MOST_RATE)
+    eval_max_rows: int | None = about("train.eval_max_rows", None, ge=1, le=MOST_STEPS)
+    sample_steps: int | None = about("train.sample_steps", None, ge=1, le=MOST_STEPS)
+    sample_tokens: int = about("train.sample_tokens", 64, ge=1, le=MOST_TOKENS)
+    early_stopping_patience: int | None = about("train.early_stopping_patience", None, ge=1, le=MOST_STEPS)
 
 
 class SftRecipe(StageRecipe):
@@ -151,8 +164,9 @@ class ScoreSection(Section):
     """`score.*`: what a reward model ranks."""
 
     data: list[str] = about("score.data", [])
-    max_length: int | None = about("score.max_length", None, gt=1)
-    batch_size: int = about("score.batch_size", 8, ge=1)
+    max_length: int | None = about("score.max_length", None, gt=1, le=MOST_TOKENS)
+    max_document_mb: float = about("score.max_document_mb", MAX_DOCUMENT_MB, gt=0, le=MOST_MEGABYTES)
+    batch_size: int = about("score.batch_size", 8, ge=1, le=MOST_ROWS)
     dtype: Dtype = about("score.dtype", "float32")
     threads: Threads = about("score.threads", "auto")
 
@@ -171,19 +185,20 @@ class CompareRows(Section):
 
     data: list[str] = about("compare.data", [])
     text_field: str = about("compare.text_field", "text")
-    max_rows: int = about("compare.max_rows", 200, ge=1)
-    max_tokens: int = about("compare.max_tokens", 4096, ge=1)
-    max_length: int | None = about("compare.max_length", None, gt=1)
-    batch_size: int = about("compare.batch_size", 8, ge=1)
-    answers: int = about("compare.answers", 8, ge=0)
-    max_new_tokens: int = about("compare.max_new_tokens", 64, ge=1)
+    max_document_mb: float = about("compare.max_document_mb", MAX_DOCUMENT_MB, gt=0, le=MOST_MEGABYTES)
+    max_rows: int = about("compare.max_rows", 200, ge=1, le=MOST_STEPS)
+    max_tokens: int = about("compare.max_tokens", 4096, ge=1, le=MOST_TOKENS)
+    max_length: int | None = about("compare.max_length", None, gt=1, le=MOST_TOKENS)
+    batch_size: int = about("compare.batch_size", 8, ge=1, le=MOST_ROWS)
+    answers: int = about("compare.answers", 8, ge=0, le=MOST_STEPS)
+    max_new_tokens: int = about("compare.max_new_tokens", 64, ge=1, le=MOST_TOKENS)
 
 
 class CompareSection(CompareRows):
     """`compare.*`: and how far apart they may be."""
 
     min_top1: float = about("compare.min_top1", 0.99, ge=0, le=1)
-    max_kl: float | None = about("compare.max_kl", None, ge=0)
+    max_kl: float | None = about("compare.max_kl", None, ge=0, le=MOST_NATS)
     dtype: Dtype = about("compare.dtype", "float32")
     threads: Threads = about("compare.threads", "auto")
 
@@ -201,7 +216,7 @@ class CompareRecipe(StageRecipe):
 class MergeSection(CompareSection):
     """`compare.*` of a merge: adapter against merged, and base against adapter."""
 
-    min_effect: float = about("compare.min_effect", 1e-4, ge=0)
+    min_effect: float = about("compare.min_effect", 1e-4, ge=0, le=MOST_NATS)
 
 
 class MergeRecipe(StageRecipe):

@@ -64,8 +64,14 @@ def shared_rows(a: str, b: str, settings: CompareRows, talk: Talk) -> TalkRows:
         talk.say(f"the chat templates differ: both models read the rows through that of {a}")
     longest = min(open_config(where).max_position_embeddings for where in (a, b))
     length = compared_length(settings, longest)
-    data = SftData(train=settings.data, text_field=settings.text_field, overlong="truncate", packing=False)
-    return read_rows(settings.data, data, one, length, talk, measured=True)
+    data = SftData(
+        train=settings.data,
+        text_field=settings.text_field,
+        max_document_mb=settings.max_document_mb,
+        overlong="truncate",
+        packing=False,
+    )
+    return read_rows(settings.data, data, one, length, talk, measured=True, section="compare")
 
 
 def compared_length(settings: CompareRows, longest: int) -> int:

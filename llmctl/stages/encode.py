@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from typing import NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.formats import Example
 from llmctl.data.shapes import Completion, Conversation, Preference, Text, Tools
+from llmctl.data.statistics import in_batches
 from llmctl.errors import UserError
 from llmctl.stages.remarks import JOINED, SPLIT, UNTRAINABLE, remarks
 from llmctl.tokenizer.answers import FORCED, REWRITTEN, UNENDED
@@ -25,7 +25,6 @@ from llmctl.tokenizer.render import Encoded, Message, PlainText, Rendered, Rende
 from llmctl.tokenizer.twins import shipped
 
 T = TypeVar("T")
-BATCH = 512  # examples rendered and tokenized at a time
 COMPARED = 8  # rows of each number of turns for which the prompt is encoded by itself and compared
 
 
@@ -106,7 +105,7 @@ class Encoder:
         self, found: Iterator[Example], pool: ThreadPoolExecutor
     ) -> Iterator[tuple[_Batch, Future[tuple[list[list[int]], list[list[int]]]]]]:
         """Batches as text. While one is tokenized, which is no work for Python, the next can be rendered."""
-        while examples := list(islice(found, BATCH)):
+        for examples in in_batches(found):
             batch = _Batch([], [], [])
             for example in examples:
                 shape = example.shape

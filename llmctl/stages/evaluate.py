@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.batches import eval_batches
+from llmctl.data.document import Limit
 from llmctl.data.packing import cut, pack
 from llmctl.data.shards import open_shards
 from llmctl.errors import UserError
@@ -54,7 +55,9 @@ def run(recipe: EvalRecipe, talk: Talk) -> dict[str, Any]:
         length = row_length(settings.max_length, model.config.max_position_embeddings, "eval.max_length")
         return _answers(model, tokenizer, settings, compute, length, talk)
     length = scored_length(settings.max_length, model.config.spec, "eval.max_length", talk)
-    shards = open_shards(settings.data, settings.text_field, encoder_of(tokenizer), settings.cache_dir, talk)
+    limit = Limit(settings.max_document_mb, "eval.max_document_mb")
+    encoder = encoder_of(tokenizer)
+    shards = open_shards(settings.data, settings.text_field, encoder, settings.cache_dir, talk, limit)
     pieces = cut(shards.doc_start, length, "split", shards.where)
     tell(shards, pieces, length, talk)
     text = TextRows(shards, pieces, pack(pieces.length, length), length)
@@ -77,8 +80,14 @@ def _answers(
     choice = choose_template(tokenizer, OWN)
     if choice.said:
         talk.say(choice.said)
-    data = SftData(train=settings.data, text_field=settings.text_field, overlong="truncate", packing=False)
-    rows = read_rows(settings.data, data, tokenizer, length, talk)
+    data = SftData(
+        train=settings.data,
+        text_field=settings.text_field,
+        max_document_mb=settings.max_document_mb,
+        overlong="truncate",
+        packing=False,
+    )
+    rows = read_rows(settings.data, data, tokenizer, length, talk, section="eval")
     pad = pad_id_of(tokenizer)
     batches = eval_batches(rows.laid, batch_size=settings.batch_size, pad_id=pad, max_rows=settings.max_rows)
     figures = score(model, batches, 0.0, compute).figures()

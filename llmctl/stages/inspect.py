@@ -9,8 +9,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.batches import IGNORE, collate
-from llmctl.data.document import Account
+from llmctl.data.document import Account, Limit
 from llmctl.data.formats import Example, examples
+from llmctl.data.records import DEFAULT_LIMIT
 from llmctl.data.shapes import Completion, Labelled, Preference, Text
 from llmctl.data.sources import resolve
 from llmctl.errors import UserError
@@ -115,7 +116,7 @@ def run(recipe: SftRecipe, first: int, count: int, talk: Talk) -> Inspection:
     Raises UserError: as `prepare_base` and the readers of rows; files that no stage trains on together;
     a setting that the data has no use for; fewer than `first` rows.
     """
-    found = look(recipe.data.train, recipe.data.text_field)
+    found = look(recipe.data.train, recipe.data.text_field, Limit(recipe.data.max_document_mb))
     kind = one_kind(found)
     data = data_section(recipe.data, kind)
     base = base_of(recipe, talk)
@@ -160,10 +161,11 @@ def base_of(recipe: SftRecipe, talk: Talk) -> Base:
     )
 
 
-def look(sources: Sequence[str], text_field: str) -> dict[str, Example]:
+def look(sources: Sequence[str], text_field: str, limit: Limit = DEFAULT_LIMIT) -> dict[str, Example]:
     """Source -> its first usable record, which says what the file holds. Raises UserError as `examples`."""
     return {
-        str(item): next(iter(examples([item], text_field, Account()))) for item in resolve(sources, "records")
+        str(item): next(iter(examples([item], text_field, Account(), limit)))
+        for item in resolve(sources, "records")
     }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerFast
 
-from llmctl.data.document import Account
+from llmctl.data.document import Account, Limit
 from llmctl.data.formats import Example, examples
 from llmctl.data.shapes import Labelled, Preference
 from llmctl.errors import UserError
@@ -35,8 +35,10 @@ def read_labelled(
     """
     account, encoder, wanted = Account(noun="record"), Encoder(tokenizer), {}
 
+    limit = Limit(data.max_document_mb)
+
     def labelled() -> Iterator[Example]:
-        for example in counted(examples(sources, "text", account), talk):
+        for example in counted(examples(sources, "text", account, limit), talk):
             wanted[example.place] = labelled_shape(example).label
             yield example
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.batches import split_holdout
-from llmctl.data.document import Account
+from llmctl.data.document import Account, Limit
 from llmctl.data.formats import Example, examples
 from llmctl.data.packing import Pieces
 from llmctl.data.shapes import Conversation, Preference
 from llmctl.errors import UserError
 from llmctl.recipe.tune import PairData
-from llmctl.stages.encode import BATCH, Encoder
+from llmctl.stages.encode import Encoder, in_batches
 from llmctl.stages.remarks import UNTRAINABLE
 from llmctl.stages.rows import OVERLONG, counted, refuse_many_dropped
 from llmctl.talk import Talk
@@ -124,7 +123,9 @@ def read_pairs(
     """
     account = Account(noun="record")
     encoder = Encoder(tokenizer)
-    found = encoded_pairs(encoder, counted(examples(sources, "text", account), talk))
+    found = encoded_pairs(
+        encoder, counted(examples(sources, "text", account, Limit(data.max_document_mb)), talk)
+    )
     return fitted_pairs(found, encoder, account, data, max_length, talk)
 
 
@@ -171,8 +172,7 @@ def fitted_pairs(
 
 def encoded_pairs(encoder: Encoder, found: Iterable[Example]) -> Iterator[Pair]:
     """Preferences as pairs, whatever their length, in order. Raises UserError with the place."""
-    found = iter(found)
-    while batch := list(islice(found, BATCH)):
+    for batch in in_batches(found):
         rendered = []
         for example in batch:
             shape = _preference(example)

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.batches import split_holdout
-from llmctl.data.document import Account, Document
+from llmctl.data.document import Account, Document, Limit
 from llmctl.data.packing import cut, pack, unpacked
 from llmctl.data.readers import documents
 from llmctl.data.sources import total_bytes
@@ -41,13 +41,14 @@ def plan_pretraining(
     data, train = recipe.data, recipe.train
     account = Account()
     whole = total_bytes(data.train)
-    found = documents(data.train, data.text_field, account)
+    limit = Limit(data.max_document_mb)
+    found = documents(data.train, data.text_field, account, limit)
     # a builtin does not know its size beforehand, and is small enough to count
     texts, more = _first(found, FIRST if whole is not None else None)
     extra = sum(token is not None for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     lengths = np.array([len(ids) + extra for ids in encode_batch(tokenizer, texts)], dtype=np.int64)
     if data.eval:
-        next(documents(data.eval, data.text_field, Account()), None)  # bad files should show here too
+        next(documents(data.eval, data.text_field, Account(), limit), None)  # bad files should show here too
     pieces = cut(np.concatenate([[0], np.cumsum(lengths)]), max_length, data.overlong)
     if not data.eval:
         pieces, _ = split_holdout(pieces, data.eval_fraction, train.seed)

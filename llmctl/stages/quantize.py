@@ -142,6 +142,7 @@ def _rows(
     settings, receipt = recipe.quantize, recipe.compare
     length = compared_length(receipt, longest)
     data = SftData(
+        max_document_mb=receipt.max_document_mb,
         train=settings.calibration,
         eval=receipt.data,
         eval_fraction=HELD_OUT,
@@ -149,9 +150,9 @@ def _rows(
         overlong="truncate",
     )
     if not settings.calibration:
-        return None, read_rows(receipt.data, data, tokenizer, length, talk, measured=True)
+        return None, read_rows(receipt.data, data, tokenizer, length, talk, measured=True, section="compare")
     try:
-        by, held = talk_rows(data, tokenizer, length, 0, talk, measured=True)
+        by, held = talk_rows(data, tokenizer, length, 0, talk, measured=True, section="compare")
     except TooLittle as error:
         raise UserError(
             error.message, "give more text, or name some to measure on with --eval-data"

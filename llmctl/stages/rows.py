@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.batches import Laid, labels_of, split_holdout
-from llmctl.data.document import Account
+from llmctl.data.document import Account, Limit
 from llmctl.data.formats import Example, examples
 from llmctl.data.packing import Pieces, cut, pack, unpacked
 from llmctl.data.shapes import Conversation, Preference
@@ -101,6 +101,7 @@ def talk_rows(
     talk: Talk,
     *,
     measured: bool = False,
+    section: str = "data",
 ) -> tuple[TalkRows, TalkRows | None]:
     """Training rows, and evaluation rows from `data.eval` or held out of the training records.
 
@@ -109,9 +110,18 @@ def talk_rows(
     Raises UserError: as `examples` and `Encoder.rows`; no row is left; more than a tenth would be
     dropped for their length without `data.overlong` saying so.
     """
-    made = read_rows(data.train, data, tokenizer, max_length, talk, measured=measured)
+    read = partial(
+        read_rows,
+        data=data,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        talk=talk,
+        measured=measured,
+        section=section,
+    )
+    made = read(data.train)
     if data.eval:
-        return made, read_rows(data.eval, data, tokenizer, max_length, talk, measured=measured)
+        return made, read(data.eval)
     kept, held = _held_out(made.laid.pieces, made.places, data.eval_fraction, seed)
     kept = replace(kept, counts=made.laid.pieces.counts)
     lay = _layer(made, data.packing)
@@ -138,29 +148,34 @@ def read_rows(
     talk: Talk,
     *,
     measured: bool = False,
+    section: str = "data",
 ) -> TalkRows:
     """All records of some sources as rows; see `talk_rows`.
 
     Args:
         measured: the data is only measured on: of preferences the chosen answers, and whole texts, split
             into rows, whatever `data.overlong` says of conversations.
+        section: of the recipe, in which `data` was set.
     """
     account = Account(noun="record")
-    read = examples(sources, data.text_field, account)
+    limit = Limit(data.max_document_mb, f"{section}.max_document_mb")
+    read = examples(sources, data.text_field, account, limit)
     encoder = Encoder(tokenizer, data.mask_prompt, data.rewritten == "split")
-    rows = list(encoder.rows(counted(map(_wanted, read) if measured else read, talk)))
+    found = encoder.rows(counted(map(_wanted, read) if measured else read, talk))
+    # a list of ids takes up to ten times the memory
+    rows = [row._replace(ids=np.array(row.ids, dtype=np.uint32)) for row in found]
     # texts first: they are cut by another rule than conversations, and the order of rows is shuffled anyway
     rows.sort(key=lambda row: not row.is_text)
     ids, trained, doc_start = flat(rows)
     places = [row.place for row in rows]
     texts = sum(row.is_text for row in rows)
     policies = ("split" if measured else data.overlong, data.overlong)
-    found = _cut(doc_start, texts, policies, max_length, places)
-    pieces = _useful(found, trained)
+    laid_out = _cut(doc_start, texts, policies, max_length, places)
+    pieces = _useful(laid_out, trained)
     lengths = np.diff(doc_start)
     kept = {places[doc] for doc in pieces.doc.tolist()}
     for doc in np.setdiff1d(np.arange(len(places)), pieces.doc).tolist():
-        reason = SHORT if lengths[doc] < 2 else UNTRAINED if doc in found.doc else OVERLONG
+        reason = SHORT if lengths[doc] < 2 else UNTRAINED if doc in laid_out.doc else OVERLONG
         if places[doc] not in kept:  # of a record that was split into rows all are left out
             account.reject(rows[doc].why or reason.format(max_length), places[doc])
             kept.add(places[doc])
@@ -191,7 +206,7 @@ def flat(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids uint32 [N], trained bool [N] and doc_start int64 [D+1] of rows laid end to end."""
     doc_start = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum([len(row.ids) for row in rows], out=doc_start[1:])
-    ids = np.fromiter(chain.from_iterable(row.ids for row in rows), dtype=np.uint32, count=int(doc_start[-1]))
+    ids = np.concatenate([np.zeros(0, np.uint32), *(np.asarray(row.ids, np.uint32) for row in rows)])
     trained = np.zeros(len(ids), dtype=bool)
     for row, at in zip(rows, doc_start.tolist(), strict=False):
         for start, end in row.spans:

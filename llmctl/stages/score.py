@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from llmctl.data.document import Account
+from llmctl.data.document import Account, Limit
 from llmctl.data.formats import Example, examples
+from llmctl.data.records import DEFAULT_LIMIT
 from llmctl.data.shapes import Labelled, Preference
 from llmctl.errors import UserError
 from llmctl.evaluate.intervals import share_interval
@@ -65,7 +66,9 @@ def run(recipe: ScoreRecipe, talk: Talk) -> dict[str, Any]:
     if choice.said:
         talk.say(choice.said)
     length = row_length(settings.max_length, config.max_position_embeddings, "score.max_length")
-    answers = read_answers(settings.data, tokenizer, length, talk)
+    answers = read_answers(
+        settings.data, tokenizer, length, talk, Limit(settings.max_document_mb, "score.max_document_mb")
+    )
     with talk.bar("scoring", len(answers), "answers") as bar:
         found = scores(model, [one.ids for one in answers], compute, settings.batch_size, bar.advance)
     rows = [
@@ -119,7 +122,11 @@ def _shorter_wins(chosen: list[int], rejected: list[int]) -> float:
 
 
 def read_answers(
-    sources: list[str], tokenizer: PreTrainedTokenizerFast, max_length: int, talk: Talk
+    sources: list[str],
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    talk: Talk,
+    limit: Limit = DEFAULT_LIMIT,
 ) -> list[Answer]:
     """Every answer of some sources, encoded as `llmctl reward` encodes it. None is cut: the end is what is read.
 
@@ -127,7 +134,7 @@ def read_answers(
     """
     account, encoder = Account(noun="record"), Encoder(tokenizer)
     kinds: dict[type, list[Example]] = {}
-    for example in counted(examples(sources, "text", account), talk):
+    for example in counted(examples(sources, "text", account, limit), talk):
         kind = type(example.shape) if isinstance(example.shape, Preference | Labelled) else object
         kinds.setdefault(kind, []).append(example)
     records = [

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from llmctl.data.document import Account
+from llmctl.data.document import Account, Limit
 from llmctl.data.formats import Example, examples
 from llmctl.data.sources import total_bytes
-from llmctl.data.statistics import Statistics, empty_inputs
+from llmctl.data.statistics import Statistics, empty_inputs, in_batches
 from llmctl.recipe.tune import SftRecipe
 from llmctl.talk import Talk
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from llmctl.stages.lengths import Lengths
 
 MB = 1e6
-BATCH = 512  # examples encoded at a time
 
 
 def run(recipe: SftRecipe, talk: Talk) -> dict[str, Any]:
@@ -31,8 +29,9 @@ def run(recipe: SftRecipe, talk: Talk) -> dict[str, Any]:
     account = Account(noun="record")
     statistics = Statistics()
     lengths = None if recipe.base is None else _lengths(recipe, talk)
-    found = _with_progress(examples(data.train, data.text_field, account), data.train, account, talk)
-    while batch := list(islice(found, BATCH)):
+    limit = Limit(data.max_document_mb)
+    found = _with_progress(examples(data.train, data.text_field, account, limit), data.train, account, talk)
+    for batch in in_batches(found):
         for example in batch:
             statistics.add(example)
         if lengths is not None:
@@ -41,7 +40,7 @@ def run(recipe: SftRecipe, talk: Talk) -> dict[str, Any]:
         account.note(sentence)
     for line in account.lines():
         talk.say(line)
-    report = statistics.report() | {"empty_inputs": empty_inputs(statistics.sources)}
+    report = statistics.report() | {"empty_inputs": empty_inputs(statistics.sources, limit)}
     report["tokens"] = None if lengths is None else lengths.report(statistics.bytes)
     return report | {"account": account.to_json()}
 

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.batches import Batches, Laid, eval_batches, split_holdout
+from llmctl.data.document import Limit
 from llmctl.data.packing import Pieces, Rows, cut, pack, text_bytes, unpacked
 from llmctl.data.shards import Encoder, Shards, open_shards
 from llmctl.errors import UserError, one_of
@@ -24,7 +25,7 @@ from llmctl.recipe.model import ModelSection
 from llmctl.recipe.schema import DataSection, TrainSection
 from llmctl.runs import Parent, folder_hash, run_of
 from llmctl.talk import Talk
-from llmctl.tokenizer.load import FILES, TOKENIZER, encode_batch, fingerprint, load_tokenizer
+from llmctl.tokenizer.load import FILES, TOKENIZER, encode_batch, fingerprint, joints_of, load_tokenizer
 from llmctl.tokenizer.template import template_hash
 
 
@@ -131,12 +132,15 @@ def highest_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 def encoder_of(tokenizer: PreTrainedTokenizerFast) -> Encoder:
     """The tokenizer as the data package needs it."""
+    joints = joints_of(tokenizer)
     return Encoder(
         partial(encode_batch, tokenizer),
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
         highest_id(tokenizer) + 1,
         fingerprint(tokenizer),
+        joints.may_cut,
+        joints.adds_space,
     )
 
 
@@ -190,12 +194,13 @@ def text_rows(
     Raises UserError: see `data.readers.documents` and `data.packing.cut`.
     """
     encoder = encoder_of(tokenizer)
-    shards = open_shards(data.train, data.text_field, encoder, data.cache_dir, talk)
+    limit = Limit(data.max_document_mb)
+    shards = open_shards(data.train, data.text_field, encoder, data.cache_dir, talk, limit)
     pieces = cut(shards.doc_start, max_length, data.overlong, shards.where)
     tell(shards, pieces, max_length, talk)
     lay = partial(_laid, packing=data.packing, max_length=max_length)
     if data.eval:
-        held = open_shards(data.eval, data.text_field, encoder, data.cache_dir, talk)
+        held = open_shards(data.eval, data.text_field, encoder, data.cache_dir, talk, limit)
         held_pieces = cut(held.doc_start, max_length, data.overlong, held.where)
         tell(held, held_pieces, max_length, talk)
         return lay(shards, pieces), lay(held, held_pieces)

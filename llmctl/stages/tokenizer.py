@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from llmctl.data.readers import Account, documents
+from llmctl.data.document import Account, Limit
+from llmctl.data.readers import documents
 from llmctl.data.sources import total_bytes
 from llmctl.errors import UsageError
 from llmctl.files import disk_errors, sync_file
@@ -121,8 +122,9 @@ class _Stream:
         size = total_bytes(data.train)
         kept = 0
         done = 0
+        limit = Limit(data.max_document_mb)
         with self.talk.bar("reading", size and size / MB, "MB") as bar:
-            for document in documents(data.train, data.text_field, self.account):
+            for document in documents(data.train, data.text_field, self.account, limit):
                 raw = document.text.encode()
                 self.bytes += len(raw)
                 self.digest.update(raw)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -16,6 +17,7 @@ from llmctl.errors import UserError
 from llmctl.files import read_json
 from llmctl.locate import locate
 from llmctl.tokenizer.files import CONFIG, DAMAGED, TOKENIZER, check_files, has_own_code, other_vocabularies
+from llmctl.tokenizer.parts import Joints, encode_in_parts, needs_parts, starts_in_parts
 
 MODEL_CONFIG = "config.json"
 FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]  # of a repository on the hub
@@ -75,13 +77,27 @@ def encode_with(backend: Tokenizer, texts: list[str], *, special: bool) -> list[
     `special` says whether a special token spelled out in a text is that token, as in a rendered template.
     """
     with _ALONE, _as_it_is(backend, special):
-        return [encoded.ids for encoded in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        encode = partial(_ids, backend)
+        return encode_in_parts(encode, texts) if needs_parts(texts) else encode(texts)
+
+
+def joints_of(tokenizer: PreTrainedTokenizerFast) -> Joints:
+    """Where the texts of `encode_batch` may be cut."""
+    return Joints(partial(encode_batch, tokenizer))
+
+
+def _ids(backend: Tokenizer, texts: list[str]) -> list[list[int]]:
+    return [encoded.ids for encoded in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def starts_with(backend: Tokenizer, text: str, *, special: bool) -> list[int]:
     """For each id of a text the character at which it begins; slower than `encode_with`."""
+
+    def starts(part: str) -> list[int]:
+        return [start for start, _ in backend.encode(part, add_special_tokens=False).offsets]
+
     with _ALONE, _as_it_is(backend, special):
-        return [start for start, _ in backend.encode(text, add_special_tokens=False).offsets]
+        return starts_in_parts(starts, partial(_ids, backend), text)
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
-from llmctl.data import decode, readers, sources
+from llmctl import cuts
+from llmctl.data import decode, sources
 from llmctl.data.readers import Account, Document, documents
 from llmctl.errors import UserError
 
@@ -299,7 +300,7 @@ ATOMS = [*BLANKS, *WORDS, ".", ",", "/", "_", "。", "，"]
 
 def small_parts(monkeypatch) -> None:
     monkeypatch.setattr(decode, "BLOCK", 7)
-    monkeypatch.setattr(readers, "PART", 12)
+    monkeypatch.setattr(cuts, "PART", 12)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -328,7 +329,7 @@ def test_parts_join_to_the_text_and_split_like_it(tmp_path, monkeypatch, text):
 
 def test_text_is_cut_in_parts_of_bounded_size(tmp_path, monkeypatch):
     small_parts(monkeypatch)
-    monkeypatch.setattr(readers, "LONGEST_PART", 50)
+    monkeypatch.setattr(cuts, "LONGEST_PART", 50)
     path = tmp_path / "a.txt"
     for text, longest in (("word by word " * 40, 20), ("x" * 500, 60), ("三条街。" * 60, 20)):
         path.write_bytes(text.encode())

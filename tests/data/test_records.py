@@ -213,7 +213,21 @@ BAD = [
         "quote is doubled",
     ),
     ("a.csv", 'a,b\n"1"2,3\n', "{p}:2: not a csv record (", "quote is doubled"),
-    ("a.csv", "a,b\r1,2\r", "{p}:1: not a csv record (new-line character seen in unquoted field)", "commas"),
+    ("a.csv", "a,b\r1,2\r", "{p}:1: lines end with a carriage return alone, not with a line feed", "tr '"),
+    ("a.jsonl", '{"a": 1}\r{"a": 2}\r', "{p}:1: lines end with a carriage return alone", "tr '"),
+    (
+        "a.jsonl",
+        b'{"a": 1}\n' + bytes(40),
+        "{p}:2: the line holds zero bytes only: it was never written",
+        "copy",
+    ),
+    ("a.jsonl", bytes(40), "{p}: begins with 40 zero bytes: it was never written", "again"),
+    (
+        "a.jsonl",
+        b"\x00\x00\x01\x02\x00\x00\x07\x09" * 9,
+        "{p}: binary data, not text (zero byte at offset 0)",
+        "file a.jsonl",
+    ),
     ("a.csv", b"a,b\n1,\xff\n", "{p}: not UTF-8 at byte offset 6 in the file", "iconv"),
     ("a.csv", "a,b\n".encode("utf-16"), "{p}: the file is UTF-16, not UTF-8", "iconv"),
     # what its name does not say

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmctl.data import decode, readers, shards
+from llmctl import cuts
+from llmctl.data import decode, shards
 from llmctl.data.shards import Encoder, Shards, open_shards
 from llmctl.errors import UserError
 from llmctl.talk import SILENT
@@ -109,7 +110,7 @@ def test_without_bos_and_eos_and_with_a_wide_vocabulary(data, cache):
 
 def test_a_long_text_is_one_document(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(decode, "BLOCK", 50)
-    monkeypatch.setattr(readers, "PART", 100)
+    monkeypatch.setattr(cuts, "PART", 100)
     monkeypatch.setattr(shards, "BATCH_CHARACTERS", 250)
     text = "some words and söme more\n" * 100
     (tmp_path / "a.txt").write_text(text)
