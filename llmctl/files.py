@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from llmctl.errors import UserError
 
 CHUNK = 1 << 20
+SMALL = 32 * CHUNK  # bytes of a config, an index, a manifest: larger ones are something else
 # what the errors of tokenizers, safetensors and torch say when there is no room left
 FULL_DISK = ("No space left", "os error 28", "PytorchStreamWriter failed", "unexpected pos")
 
@@ -38,11 +40,29 @@ def disk_errors(path: Path, elsewhere: str = "choose another folder with --out")
             raise _full(path) from error
         if error.errno == errno.EROFS:
             raise UserError(f"{path}: the file system is read-only", elsewhere) from error
-        raise
+        if not _refused(error, path):
+            raise
+        said = (error.strerror or str(error)).lower()
+        raise UserError(f"{error.filename or path}: cannot be written ({said})", elsewhere) from error
     except Exception as error:
         if any(words in str(error) for words in FULL_DISK):
             raise _full(path) from error
         raise
+
+
+def _refused(error: OSError, path: Path) -> bool:
+    """Whether the error says that `path` cannot be written, as in /proc, where no folder can be made.
+
+    One about another file is none of ours, nor is a file that is missing from a folder that is there.
+    """
+    if error.errno == errno.EIO:
+        return True
+    if not isinstance(error.filename, str | bytes):
+        return False
+    named, whole = Path(os.fsdecode(error.filename)).absolute(), path.absolute()
+    temporary = named.parent == whole.parent and whole.name in named.name
+    near = temporary or named.is_relative_to(whole) or whole.is_relative_to(named)
+    return near and not (error.errno == errno.ENOENT and os.path.lexists(path))
 
 
 def _full(path: Path) -> UserError:
@@ -100,7 +120,12 @@ def clear_leftovers(folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`write_atomic` of indented JSON."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False)
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:  # the name of a file that is not UTF-8 reads back as it was
+        raw = json.dumps(value, indent=2, sort_keys=False).encode()
+    write_atomic(path, raw + b"\n")
 
 
 @contextlib.contextmanager
@@ -155,22 +180,52 @@ def combined_hash(hashes: dict[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError if the file is missing, not JSON or not an object."""
+def read_bounded(path: Path, most: int = SMALL) -> bytes:
+    """The bytes of a file that should be small.
+
+    Raises UserError for one that is larger than `most` bytes, and for a pipe or a device, which may have no end; what
+    the shell hands over as `<(…)` may be a pipe. Otherwise raises OSError as `open` does.
+    """
+    handed_over = str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/"))
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or handed_over):
+        raise UserError(f"{path}: not a regular file, but a pipe or a device", "name a file")
+    with open(path, "rb") as file:
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise UserError(
+            f"{path}: larger than {most / CHUNK:,.0f} MiB, so it is no such file", "check what was named"
+        )
+    return raw
+
+
+def json_fault(error: ValueError | RecursionError) -> str:
+    """What `json.loads` has against a text, for a message."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return f"not valid JSON ({error})"
+    return "not valid JSON (an integer of thousands of digits)"  # the only other thing it refuses
+
+
+def read_json(path: Path, most: int = SMALL) -> dict[str, Any]:
+    """A JSON object. Raises UserError if the file is missing, not JSON, not an object or larger than `most` bytes."""
+    again = "copy or download the model again"
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark before it
+        raw = read_bounded(path, most)
+        value = json.loads(raw.decode("utf-8-sig"))  # some editors put a mark before it
     except FileNotFoundError:
         raise UserError(
             f"{path.parent}: not a model folder (no {path.name})", "see `llmctl runs list`"
         ) from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, not a file", "copy or download the model again") from None
+        raise UserError(f"{path}: is a folder, not a file", again) from None
     except PermissionError:
         raise UserError(f"{path}: no permission to read", "ask its owner, or copy the folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})", "copy or download the model again") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply", "copy or download the model again") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {json_fault(error)}", again) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({(error.strerror or str(error)).lower()})", again) from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object", "copy or download the model again")
+        raise UserError(f"{path}: not a JSON object", again)
     return value

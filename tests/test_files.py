@@ -71,7 +71,33 @@ def test_disk_errors(error: Exception, message: str, hint: str) -> None:
     assert (caught.value.message, caught.value.hint) == (message, hint)
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOENT, "gone"), RuntimeError("a bug"), UserError("told")])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOENT, "No such file", "out"), "out: cannot be written (no such file)"),
+        (OSError(errno.ELOOP, "Too many links", "out/a/b"), "out/a/b: cannot be written (too many links)"),
+        (
+            OSError(errno.ENOTDIR, "Not a directory", ".out.tmp"),
+            ".out.tmp: cannot be written (not a directory)",
+        ),
+        (OSError(errno.EIO, "Input/output error"), "out: cannot be written (input/output error)"),
+    ],
+)
+def test_a_place_that_cannot_be_written(error: OSError, message: str) -> None:
+    with pytest.raises(UserError) as caught, files.disk_errors(Path("out"), "go elsewhere"):
+        raise error
+    assert (caught.value.message, caught.value.hint) == (message, "go elsewhere")
+
+
+OTHERS = [
+    OSError(errno.ENOENT, "gone"),
+    OSError(errno.ENOENT, "gone", "elsewhere/file"),
+    RuntimeError("a bug"),
+    UserError("told"),
+]
+
+
+@pytest.mark.parametrize("error", OTHERS)
 def test_other_errors_pass_as_they_are(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, files.disk_errors(Path("out")):
         raise error

@@ -29,6 +29,7 @@ from llmctl.errors import (
 )
 
 DEBUG = "LLMCTL_DEBUG"
+NO_MEMORY = ("can't allocate memory", "out of memory")  # what torch says
 
 
 def guard(action: Callable[[], object], args: list[str], command: str) -> int:
@@ -66,7 +67,32 @@ def guard(action: Callable[[], object], args: list[str], command: str) -> int:
         return told.exit_code
     except (KeyboardInterrupt, typer.Abort):
         result = EXIT_INTERRUPTED
+    except UnicodeEncodeError as error:
+        number = next((n for n, word in enumerate(args, start=1) if not is_utf8(word)), None)
+        if number is None:
+            return _bug(error)
+        _show_traceback()
+        report(
+            UsageError(
+                f"argument {number} is not UTF-8: `{args[number - 1]}`",
+                "rename the file, or type it in a UTF-8 terminal",
+            )
+        )
+        return UsageError.exit_code
     except Exception as error:
+        if not isinstance(error, MemoryError) and not any(said in str(error) for said in NO_MEMORY):
+            return _bug(error)
+        _show_traceback()
+        report(
+            UserError(
+                f"not enough memory ({str(error).splitlines()[0] if str(error) else 'for the data'})",
+                "take a smaller batch, shorter rows or a smaller model, or free some memory",
+            )
+        )
+        return EXIT_USER_ERROR
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust, as tokenizers
+            raise
         return _bug(error)
     # Typer turns a Ctrl-C that nobody caught into this code, without a word
     if result == EXIT_INTERRUPTED:
@@ -74,7 +100,16 @@ def guard(action: Callable[[], object], args: list[str], command: str) -> int:
     return result if isinstance(result, int) else EXIT_OK
 
 
-def _bug(error: Exception) -> int:
+def is_utf8(word: str) -> bool:
+    """Whether a word of the command line was text in UTF-8."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _bug(error: BaseException) -> int:
     _show_traceback()
     _tell(f"internal error: {type(error).__name__}: {error}: this is a bug in llmctl")
     _tell(f"hint: run it again with {DEBUG}=1 to see the traceback, and report that")

@@ -33,7 +33,7 @@ from llmctl.data.readers import documents
 from llmctl.data.records import DEFAULT_LIMIT
 from llmctl.data.sources import BUILTIN_PREFIX, file_format, reading, resolve, total_bytes
 from llmctl.errors import UserError
-from llmctl.files import CHUNK, disk_errors, file_hash, folder_atomic, write_json
+from llmctl.files import CHUNK, disk_errors, file_hash, folder_atomic, read_json, write_json
 from llmctl.talk import Bar, Talk
 
 FORMAT = 1
@@ -307,8 +307,10 @@ class _Writer:
 def _load(path: Path, items: list[Path | str], talk: Talk) -> Shards | None:
     """The entry at `path`; None if there is none, or if it is damaged, which is said."""
     try:
-        meta = json.loads((path / META).read_text(encoding="utf-8"))
-        columns = {name: _column(path / f"{name}.bin", about) for name, about in meta["columns"].items()}
+        meta = _read_meta(path / META)
+        columns = {name: _column(path / f"{name}.bin", meta["columns"][name]) for name in COLUMNS}
+        if columns["doc_start"][-1] != columns["ids"].size:
+            raise ValueError("the documents do not end where the tokens do")
         return Shards(
             ids=columns["ids"],
             doc_start=columns["doc_start"],
@@ -323,12 +325,30 @@ def _load(path: Path, items: list[Path | str], talk: Talk) -> Shards | None:
         if path.is_dir():
             talk.say(f"{path} is incomplete; making it again")
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (UserError, ValueError, LookupError, TypeError, AttributeError) as error:
         talk.say(f"{path} is damaged ({error}); making it again")
         return None
 
 
+def _read_meta(file: Path) -> dict[str, Any]:
+    """The contents of `META`. Raises FileNotFoundError, and UserError or ValueError for what was never written there."""
+    if not file.is_file():
+        raise FileNotFoundError(file)
+    meta = read_json(file)
+    like = Account().to_json()
+    account = meta["account"]
+    for name, value in account.items():
+        if type(value) is not type(like[name]):
+            raise ValueError(f"{META}: account.{name}")
+    counts, places = account.get("counts", {}), account.get("dropped", {})
+    if not all(type(count) is int for count in counts.values()) or counts.keys() != places.keys():
+        raise ValueError(f"{META}: account.counts")
+    return meta
+
+
 def _column(path: Path, about: dict[str, Any]) -> np.ndarray:
+    if about["dtype"] not in (("uint16", "uint32") if path.stem == "ids" else ("int64",)):
+        raise ValueError(f"{path.name} holds no {about['dtype']}")
     size = os.path.getsize(path)
     if size != about["bytes"]:
         raise ValueError(f"{path.name} has {size} bytes instead of {about['bytes']}")

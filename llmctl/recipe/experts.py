@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from llmctl.recipe.base import Section, about
-from llmctl.recipe.ranges import MOST_FACTOR, MOST_LAYERS, MOST_PARTS, MOST_RATE, MOST_WIDTH
+from llmctl.recipe.ranges import MOST_FACTOR, MOST_INNER, MOST_LAYERS, MOST_PARTS, MOST_RATE
 
 _AT = "model.experts."
 
@@ -16,7 +16,7 @@ class _Experts(Section):
     """What all kinds share."""
 
     num_experts: int = about(_AT + "num_experts", 8, gt=1, le=MOST_PARTS)
-    moe_intermediate_size: int | None = about(_AT + "moe_intermediate_size", None, gt=0, le=MOST_WIDTH)
+    moe_intermediate_size: int | None = about(_AT + "moe_intermediate_size", None, gt=0, le=MOST_INNER)
     n_shared_experts: int = about(_AT + "n_shared_experts", 0, ge=0, le=MOST_PARTS)
     first_k_dense_replace: int = about(_AT + "first_k_dense_replace", 0, ge=0, le=MOST_LAYERS)
 

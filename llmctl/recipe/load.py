@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -16,6 +17,7 @@ from llmctl.recipe.shipped import find_recipe
 from llmctl.recipe.yaml import dump_yaml, parse_yaml, read_yaml
 
 R = TypeVar("R", bound=StageRecipe)
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # no path and no file in UTF-8 can hold these
 OVERRIDE = re.compile(r"^([a-z_][a-z0-9_]*(?:\.[a-z_][a-z0-9_]*)*)=(.*)$", re.DOTALL)
 
 
@@ -115,10 +117,29 @@ def _set(values: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 
 def _check(kind: type[R], values: dict[str, Any], source: str, given: set[str]) -> R:
+    for key, text in _texts(values):
+        if found := NO_TEXT.search(text):
+            where = "command line" if key in given else source
+            raise UserError(
+                f"{where}: {key}: holds the character {found[0]!a}, which is no text",
+                "take it out; names of files must be UTF-8",
+            )
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise _explain(kind, _worst(error.errors()), source, given) from None
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted field, text) of every text in the values of a recipe."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner, key)
 
 
 def _worst(errors: list[ErrorDetails]) -> ErrorDetails:

@@ -14,7 +14,15 @@ from llmctl.errors import nearest, one_of
 from llmctl.recipe.base import Mistake, Section, about
 from llmctl.recipe.experts import Experts
 from llmctl.recipe.mixers import LshSection, MlaSection, RoutingSection, SsmSection
-from llmctl.recipe.ranges import MOST_ENTRIES, MOST_FACTOR, MOST_LAYERS, MOST_PARTS, MOST_TOKENS, MOST_WIDTH
+from llmctl.recipe.ranges import (
+    MOST_ENTRIES,
+    MOST_FACTOR,
+    MOST_INNER,
+    MOST_LAYERS,
+    MOST_PARTS,
+    MOST_TOKENS,
+    MOST_WIDTH,
+)
 from llmctl.recipe.rope import RopeDefault, RopeParameters
 from llmctl.recipe.sense import SECTION_OF, SECTIONS, mistakes
 
@@ -63,7 +71,7 @@ class ModelSection(Section):
     vocab_size: int | None = about("model.vocab_size", None, gt=0, le=MOST_ENTRIES)
     type_vocab_size: int = about("model.type_vocab_size", 0, ge=0, le=MOST_WIDTH)
     hidden_size: int = about("model.hidden_size", 256, gt=0, le=MOST_WIDTH)
-    intermediate_size: int | None = about("model.intermediate_size", None, gt=0, le=MOST_WIDTH)
+    intermediate_size: int | None = about("model.intermediate_size", None, gt=0, le=MOST_INNER)
     num_hidden_layers: int = about("model.num_hidden_layers", 4, gt=0, le=MOST_LAYERS)
     num_decoder_layers: int | None = about("model.num_decoder_layers", None, gt=0, le=MOST_LAYERS)
     num_attention_heads: int = about("model.num_attention_heads", 4, gt=0, le=MOST_PARTS)

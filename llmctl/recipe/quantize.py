@@ -25,7 +25,7 @@ BOUNDS: dict[int, tuple[float, float]] = {8: (0.97, 0.01), 4: (0.75, 0.3), 3: (0
 
 def _group(value: Any) -> Any:
     """One sentence for both choices, where pydantic would tell of each."""
-    if value is None or value == "channel" or (type(value) is int and value > 0):
+    if value is None or value == "channel" or (type(value) is int and 0 < value <= MOST_TOKENS):
         return value
     raise ValueError(f"`{value}` is neither a number of weights nor channel")
 
@@ -36,7 +36,7 @@ class QuantizeSection(Section):
     method: QuantizeMethod = about("quantize.method", "int8")
     bits: Bits | None = about("quantize.bits", None)
     group_size: Annotated[
-        Annotated[int, Field(gt=0)] | Literal["channel"] | None, BeforeValidator(_group)
+        Annotated[int, Field(gt=0, le=MOST_TOKENS)] | Literal["channel"] | None, BeforeValidator(_group)
     ] = about("quantize.group_size", None)
     symmetric: bool = about("quantize.symmetric", True)
     calibration: list[str] = about("quantize.calibration", [])

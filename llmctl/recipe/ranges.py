@@ -11,6 +11,7 @@ MOST_ROWS = 1_000_000  # in one forward pass, or accumulated
 MOST_TOKENS = 100_000_000  # in a row, a context or an answer
 MOST_ENTRIES = 100_000_000  # in a vocabulary
 MOST_WIDTH = 1_000_000  # of a layer or a part of one
+MOST_INNER = 16_000_000  # of a feed-forward layer, which is some times as wide
 MOST_LAYERS = 10_000  # a config with more is damaged, and lists a layer would fill the memory
 MOST_PARTS = 100_000  # heads, experts, groups, buckets, ranks
 MOST_SEED = 2**32 - 1  # what NumPy's generator takes

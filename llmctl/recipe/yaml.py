@@ -12,10 +12,28 @@ from typing import Any
 import yaml
 
 from llmctl.errors import UserError
+from llmctl.files import read_bounded
+
+MOST_DIGITS = 400  # of a whole number; Python itself reads 4,300
+MOST_BYTES = 1 << 20  # of a recipe
+MOST_VALUES = 100_000  # in a recipe, where a name (`*anchor`) counts as all it stands for
+DEEPEST = 50  # sections and lists inside each other
 
 
 class _Loader(yaml.SafeLoader):
     """A SafeLoader of our own, so that its rules do not change PyYAML's for others."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        # as soon as it is read: the scanner's time grows with the square of the depth
+        if self.depth > DEEPEST:
+            raise UserError("nested too deeply", f"no recipe has more than {DEEPEST} levels")
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
 
 class _Dumper(yaml.SafeDumper):
@@ -58,7 +76,13 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     # decimal only: YAML 1.1 would read `010` as eight
-    return int(str(loader.construct_scalar(node)).replace("_", ""))
+    digits = str(loader.construct_scalar(node)).replace("_", "")
+    if len(digits) > MOST_DIGITS:
+        line = node.start_mark.line + 1
+        raise UserError(
+            f"line {line}: a number of {len(digits):,} digits", "no field takes so large a number"
+        )
+    return int(digits)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
@@ -76,17 +100,42 @@ def parse_yaml(text: str, name: str) -> Any:
         UserError: not YAML (with the line), or a repeated key.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+        _count(value, {}, 0)
+        return value
     except UserError as error:
         raise UserError(f"{name}: {error.message}", error.hint) from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         problem = (error.problem or "cannot be parsed").rstrip(".")
         raise UserError(f"{name}: line {line}: {problem}", "check indentation, colons and quotes") from None
+    except RecursionError:
+        raise UserError(f"{name}: nested too deeply", f"no recipe has more than {DEEPEST} levels") from None
+    # what the constructors of YAML's tags (`!!timestamp x`) make of other values
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{name}: a value does not fit its tag ({error})", "leave out tags such as !!float"
+        ) from None
     except yaml.YAMLError as error:
         raise UserError(
             f"{name}: not valid YAML: {str(error).splitlines()[0]}", "remove characters that are not text"
         ) from None
+
+
+def _count(value: Any, known: dict[int, int], depth: int) -> int:
+    """How many values there are in a value. Raises UserError for too many, or too deep."""
+    if not isinstance(value, dict | list | tuple | set):
+        return 1
+    if id(value) in known:
+        return known[id(value)]
+    if depth >= DEEPEST:
+        raise UserError("nested too deeply", f"no recipe has more than {DEEPEST} levels")
+    inside = value.values() if isinstance(value, dict) else value
+    total = 1 + sum(_count(one, known, depth + 1) for one in inside)
+    if total > MOST_VALUES:
+        raise UserError(f"more than {MOST_VALUES:,} values", "a recipe has some dozens")
+    known[id(value)] = total
+    return total
 
 
 def dump_yaml(value: Any, *, one_line: bool = False) -> str:
@@ -109,9 +158,9 @@ def _dumped(value: Any, options: dict[str, Any]) -> str:
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse a YAML file. Raises UserError if it is missing, a folder, unreadable or not UTF-8."""
+    """Parse a YAML file. Raises UserError if it is missing, a folder, too large, unreadable or not UTF-8."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, MOST_BYTES).decode()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "see `llmctl recipe list`") from None
     except IsADirectoryError:
@@ -120,4 +169,7 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: no permission to read it", f"chmod u+r {path}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})", "save the file as UTF-8") from None
+    except OSError as error:
+        said = (error.strerror or str(error)).lower()
+        raise UserError(f"{path}: cannot be read ({said})", "check the disk it lies on") from None
     return parse_yaml(text, str(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 from llmctl.files import folder_atomic, sync_folder, write_atomic
 from llmctl.report import report_html
 from llmctl.runs import METRICS, SAMPLES
+from llmctl.train.journal import rows_in
 
 REPORT = "report.html"
 FINAL = "final"  # the finished model, built beside the run's other files and then moved up
@@ -44,4 +44,4 @@ def first_and_last_samples(out: Path) -> list[tuple[str, str]]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return list(rows_in(path))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import psutil
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.batches import split_holdout
@@ -78,6 +79,17 @@ def plan_pretraining(
         "memory_bytes": {**memory, "total": sum(memory.values())},
         "disk_bytes": checkpoint_bytes(spec) * (train.save_total_limit + 1),
     }
+
+
+def refuse_too_large(spec: ModelSection) -> None:
+    """Raise UserError for a model whose weights alone are more than this machine's memory."""
+    count, memory = total_parameters(spec), psutil.virtual_memory().total
+    if 4 * count > memory:
+        raise UserError(
+            f"the model has {count:,} parameters, which take {4 * count / 1e9:,.0f} GB, "
+            f"and this machine has {memory / 1e9:,.0f} GB of memory",
+            "make model.hidden_size, model.num_hidden_layers or another width smaller",
+        )
 
 
 def _first(found: Iterator[Document], characters: int | None) -> tuple[list[str], bool]:

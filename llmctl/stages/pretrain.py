@@ -26,7 +26,7 @@ from llmctl.recipe.schema import PretrainRecipe
 from llmctl.runs import Run, RunResult, check_out, default_out, finished_metrics
 from llmctl.stages.finish import install, write_report
 from llmctl.stages.generate import continue_ids, prompt_ids
-from llmctl.stages.plan import plan_pretraining
+from llmctl.stages.plan import plan_pretraining, refuse_too_large
 from llmctl.stages.text import (
     TextRows,
     for_training,
@@ -155,6 +155,7 @@ def build_model(recipe: PretrainRecipe, inputs: Inputs) -> LlmctlForCausalLM:
     if recipe.base is not None:
         model = open_folded(recipe.base, torch.float32)
     else:
+        refuse_too_large(inputs.spec)
         ids = token_ids(inputs.tokenizer, stop_ids(inputs.tokenizer))
         model = new_model(inputs.spec, recipe.train.seed, **ids)
     return for_training(model, recipe.train, inputs.compute)

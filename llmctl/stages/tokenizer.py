@@ -15,9 +15,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.document import Account, Limit
-from llmctl.data.readers import documents
+from llmctl.data.readers import HALVES, documents
 from llmctl.data.sources import total_bytes
-from llmctl.errors import UsageError
+from llmctl.errors import UsageError, UserError
 from llmctl.files import disk_errors, sync_file
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.schema import TokenizerRecipe
@@ -101,7 +101,9 @@ def evaluate(where: list[str], data: list[str], text_field: str) -> list[dict[st
 
 
 def show(where: str, text: str) -> list[tuple[int, str, bytes]]:
-    """(id, entry of the vocabulary, bytes) of every token of `text`."""
+    """(id, entry of the vocabulary, bytes) of every token of `text`. Raises UserError for half a surrogate pair."""
+    if HALVES.search(text):
+        raise UserError("the text is not UTF-8", "convert it to UTF-8")
     return pieces(load_tokenizer(where), text)
 
 

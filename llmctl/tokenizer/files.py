@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import UserError
+from llmctl.files import json_fault, read_bounded
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
@@ -15,6 +16,7 @@ SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
 OTHERS = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 OTHER_PATTERNS = ("*.tiktoken",)
 DAMAGED = "the file is damaged; copy or train the tokenizer again"
+LARGEST = 256 << 20  # bytes; those with the most entries have 35 MB
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -71,18 +73,23 @@ def _require(fits: bool, file: Path, field: str, value: Any, what: str) -> None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_bytes())
+        raw = read_bounded(file, LARGEST)
+        value = json.loads(raw)
     except PermissionError:
         raise UserError(f"{file}: no permission to read", "ask its owner, or copy the folder") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: line {error.lineno}: not valid JSON", DAMAGED) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 (byte {error.start})", DAMAGED) from None
-    except RecursionError:
-        raise UserError(f"{file}: nested too deeply", DAMAGED) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: {json_fault(error)}", DAMAGED) from None
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be read ({(error.strerror or str(error)).lower()})", DAMAGED
+        ) from None
     if not isinstance(value, dict):
         raise UserError(f"{file}: not a JSON object", DAMAGED)
-    if file.read_bytes().startswith(b"\xef\xbb\xbf"):
+    if raw.startswith(b"\xef\xbb\xbf"):
         raise UserError(f"{file}: begins with a byte order mark", "save it as UTF-8 without one")
     return value
 

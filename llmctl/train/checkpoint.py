@@ -8,20 +8,18 @@ checkpoints/step-000500/   the model's own files (Hugging Face layout)
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from llmctl.errors import UserError
-from llmctl.files import folder_atomic, write_json
+from llmctl.files import folder_atomic, read_json, write_json
 from llmctl.runs import CHECKPOINTS
 
 STATE = "state.json"
@@ -91,11 +89,15 @@ def load_training_state(path: Path, optimizer: Optimizer) -> Progress:
     try:
         optimizer.load_state_dict(moments)
         load_rng(path)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        said = str(error).splitlines()[0]
+    except (ValueError, LookupError, TypeError, RuntimeError, AttributeError, AssertionError) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path}: the checkpoint does not fit this run ({said})", GO_BACK) from None
-    state = json.loads((path / STATE).read_text())
-    return Progress(state["step"], state["tokens"], state["seconds"])
+    state = read_json(path / STATE)
+    counts = state.get("step"), state.get("tokens")
+    seconds = state.get("seconds")
+    if not all(type(one) is int and one >= 0 for one in counts) or type(seconds) not in (int, float):
+        raise UserError(f"{path / STATE}: damaged: no step, tokens and seconds in it", GO_BACK)
+    return Progress(*counts, float(seconds))
 
 
 def load_rng(path: Path | str) -> None:
@@ -109,16 +111,16 @@ def load_rng(path: Path | str) -> None:
 def _read(file: Path, device: torch.device | str) -> dict[str, Any]:
     try:
         return torch.load(file, map_location=device, weights_only=True)
-    # what torch makes of other bytes than its own; its words about them would advise to trust the file
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+    # what torch makes of other bytes than its own may be any error; its words would advise to trust the file
+    except Exception as error:
         raise UserError(f"{file}: damaged", GO_BACK) from error
 
 
 def _is_complete(path: Path) -> bool:
     try:
-        sizes = json.loads((path / STATE).read_text())["files"]
+        sizes = read_json(path / STATE)["files"]
         return all((path / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+    except (UserError, OSError, ValueError, KeyError, AttributeError):
         return False
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,21 @@ def cut_rows(run: Path, step: int, name: str = METRICS) -> list[dict[str, Any]]:
     path = run / name
     if not path.is_file():
         return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["step"] <= step:
-            kept.append(row)
+    kept = [row for row in rows_in(path) if row["step"] <= step]
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     return kept
+
+
+def rows_in(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file of lines with a `step`; what a crash or an editor made of others is passed over."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                yield row
 
 
 def summary(progress: Progress, last: dict[str, Any]) -> dict[str, Any]:

@@ -176,10 +176,10 @@ def test_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     gone = tmp_path / "gone.yaml"
     assert told(gone) == (f"{gone}: no such file", "see `llmctl recipe list`")
 
-    def refuse(self: Path, **_: Any) -> str:
-        raise PermissionError(13, "no", str(self))
+    def refuse(path: Path, most: int) -> bytes:
+        raise PermissionError(13, "no", str(path))
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr("llmctl.recipe.yaml.read_bounded", refuse)
     assert told(gone) == (f"{gone}: no permission to read it", f"chmod u+r {gone}")
 
 
@@ -343,7 +343,7 @@ model:
   rope_parameters: {rope_type: llama3, factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0,
                     original_max_position_embeddings: 8192}
 data: {train: ["a: b", "- c", "#d", "é你"]}
-train: {learning_rate: 3e-4, adam_epsilon: 1.0e-12, seed: 12345678901234567890}
+train: {learning_rate: 3e-4, adam_epsilon: 1.0e-12, seed: 4123456789}
 """
 
 
@@ -388,7 +388,7 @@ def test_any_text_survives(text: str) -> None:
         assert PretrainRecipe.model_validate(parse_yaml(written, "test")) == recipe
 
 
-@given(st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False))
+@given(st.floats(min_value=0, exclude_min=True, max_value=10))
 def test_any_number_survives(rate: float) -> None:
     recipe = PretrainRecipe.model_validate({"train": {"learning_rate": rate}})
     for written in (dump_recipe(recipe), annotated(recipe)):
