@@ -93,6 +93,8 @@ class Array:
                 raise self._bad_json(error) from None
             except (ValueError, RecursionError) as error:
                 raise self._error(f"invalid JSON ({why_not(error)})", MEND) from None
+            if end - self.at > self.limit.bytes:
+                raise self.limit.exceeded(f"{self.path}:{self.line}", "the record")
             self._move(end)
             return value
 

@@ -33,7 +33,7 @@ from llmctl.data.readers import documents
 from llmctl.data.records import DEFAULT_LIMIT
 from llmctl.data.sources import BUILTIN_PREFIX, file_format, reading, resolve, total_bytes
 from llmctl.errors import UserError
-from llmctl.files import CHUNK, disk_errors, file_hash, folder_atomic, read_json, write_json
+from llmctl.files import CHUNK, disk_errors, file_hash, folder_atomic, read_bounded, write_json
 from llmctl.talk import Bar, Talk
 
 FORMAT = 1
@@ -325,7 +325,7 @@ def _load(path: Path, items: list[Path | str], talk: Talk) -> Shards | None:
         if path.is_dir():
             talk.say(f"{path} is incomplete; making it again")
         return None
-    except (UserError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (UserError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         talk.say(f"{path} is damaged ({error}); making it again")
         return None
 
@@ -334,7 +334,7 @@ def _read_meta(file: Path) -> dict[str, Any]:
     """The contents of `META`. Raises FileNotFoundError, and UserError or ValueError for what was never written there."""
     if not file.is_file():
         raise FileNotFoundError(file)
-    meta = read_json(file)
+    meta = json.loads(read_bounded(file))
     like = Account().to_json()
     account = meta["account"]
     for name, value in account.items():

@@ -160,7 +160,14 @@ def _matches(pattern: Path) -> list[Path]:
     return known or [_file(files[0])]
 
 
+def _begins_as_text(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(1) in (b"{", b"[")
+
+
 def _missing(path: Path) -> UserError:
+    if path.is_symlink():
+        return UserError(f"{path}: a link to {os.readlink(path)}, which is not there", "mend the link")
     hint = "check the path; it is taken from the folder you are in"
     if path.parent.is_dir():
         with reading(path.parent):
@@ -234,6 +241,10 @@ def reading(path: Path) -> Iterator[None]:
             f"{path}: the compressed file is truncated", "copy or download it again; nothing was used of it"
         ) from error
     except (gzip.BadGzipFile, zlib.error) as error:
+        if str(error).startswith("Not a gzipped file") and _begins_as_text(path):
+            raise UserError(
+                f"{path}: not compressed, though its name ends in {path.suffix}", f"rename it to {path.stem}"
+            ) from error
         raise UserError(
             f"{path}: not a gzip file, or a damaged one", "copy or download it again; `gzip -t` tests it"
         ) from error

@@ -15,6 +15,7 @@ from llmctl.data.document import Account, Document, Limit
 from llmctl.data.packing import cut, pack, unpacked
 from llmctl.data.readers import documents
 from llmctl.data.sources import total_bytes
+from llmctl.errors import UserError
 from llmctl.kernels.cross_entropy import slice_tokens
 from llmctl.kernels.device import Compute
 from llmctl.plan.memory import checkpoint_bytes, training_bytes

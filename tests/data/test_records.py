@@ -40,6 +40,13 @@ def zstd(data: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def flipped(data: bytes) -> bytes:
+    """A gzip file with a bit of its middle turned: what comes out is bad text before the checksum tells."""
+    raw = bytearray(gzip.compress(data, compresslevel=0, mtime=0))
+    raw[len(raw) // 2] ^= 0x80
+    return bytes(raw)
+
+
 AB = [({"a": 1}, 1), ({"a": "é"}, 2)]
 
 
@@ -185,7 +192,7 @@ BAD = [
     ("a.json", "[{}]".encode("utf-16"), "{p}: the file is UTF-16, not UTF-8", "iconv -f UTF-16"),
     ("a.json", "[{}]".encode("utf-16-le"), "{p}: the file looks like UTF-16 without a byte order", "iconv"),
     ("a.json", gzip.compress(b"[]"), "{p}: the file is gzip, which its name does not say", "ends in .gz"),
-    ("a.json.gz", b"[]", "{p}: not a gzip file, or a damaged one", "gzip -t"),
+    ("a.json.gz", b"[]", "{p}: not compressed, though its name ends in .gz", "rename it to a.json"),
     ("a.json.gz", gzip.compress(b"[{}]")[:-4], "{p}: the compressed file is truncated", "again"),
     # jsonl
     ("a.jsonl", '[\n{"a": 1}\n]', "{p}:1: invalid JSON (", "rename it to .json if it is one list"),
@@ -220,6 +227,25 @@ BAD = [
         b'{"a": 1}\n' + bytes(40),
         "{p}:2: the line holds zero bytes only: it was never written",
         "copy",
+    ),
+    ("a.jsonl.gz", b'{"a": 1}\n', "{p}: not compressed, though its name ends in .gz", "rename it to a.jsonl"),
+    (
+        "a.jsonl.gz",
+        flipped(b'{"a": 1, "b": "some words"}\n' * 400),
+        "{p}: not a gzip file, or a damaged one",
+        "gzip -t",
+    ),
+    (
+        "a.jsonl.gz",
+        gzip.compress('{"a": 1}'.encode("utf-16")),
+        "{p}: the file is UTF-16, not UTF-8",
+        "zcat a.jsonl.gz | iconv -f UTF-16 -t UTF-8 | gzip > utf8-a.jsonl.gz",
+    ),
+    (
+        "a.jsonl.gz",
+        gzip.compress(b'{"a": "\xe9"}\n'),
+        "{p}: not UTF-8 at byte offset 7 in the unpacked",
+        "zcat a.j",
     ),
     ("a.jsonl", bytes(40), "{p}: begins with 40 zero bytes: it was never written", "again"),
     (

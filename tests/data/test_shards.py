@@ -243,12 +243,17 @@ def test_errors_about_data_and_cache(data, cache, tmp_path):
     assert caught.value.hint == "set data.cache_dir (for eval: eval.cache_dir) to a folder you can write"
 
 
-@pytest.mark.parametrize("act", ["mkdir", "read_text"])
+@pytest.mark.parametrize("act", ["mkdir", "read"])
 def test_a_cache_without_permission(data, cache, monkeypatch, act):
     def refuse_all(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, act, refuse_all)
+    if act == "mkdir":
+        monkeypatch.setattr(Path, "mkdir", refuse_all)
+    else:
+        monkeypatch.setattr(shards, "read_bounded", refuse_all)
+        (cache / "shards").mkdir(parents=True)
+        monkeypatch.setattr(Path, "is_file", lambda path: True)
     with pytest.raises(UserError) as caught:
         open_shards([data], "text", BYTES, cache, SILENT)
     assert caught.value.message.startswith(str(cache / "shards"))

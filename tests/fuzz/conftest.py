@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from llmctl.errors import UserError
-from tests.stages.conftest import adapter, base, corpus, talks, tok  # noqa: F401  (fixtures)
+from tests.stages.conftest import base, corpus, tok  # noqa: F401  (fixtures)
 
 SECONDS = 20  # of CPU for one input
 ROOM = 3 << 30  # bytes of address space beyond what there is
