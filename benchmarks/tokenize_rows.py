@@ -23,7 +23,8 @@ from timing import line, options, ratio, report, summary
 from llmctl.data.document import Account
 from llmctl.data.formats import Example, examples
 from llmctl.data.shapes import Conversation
-from llmctl.stages.encode import BATCH, Encoder
+from llmctl.data.statistics import BATCH
+from llmctl.stages.encode import Encoder
 from llmctl.tokenizer.choose import choose_template
 from llmctl.tokenizer.load import load_tokenizer
 

@@ -50,7 +50,8 @@ class Laid:
 
 def labels_of(pieces: Pieces, trained: np.ndarray) -> np.ndarray:
     """Labels in each piece, int64 [P]: the trained places, but never a piece's first."""
-    before = np.concatenate([[0], np.cumsum(trained)])
+    before = np.zeros(len(trained) + 1, dtype=np.int64)
+    np.cumsum(trained, out=before[1:])
     return before[pieces.start + pieces.length] - before[pieces.start + 1]
 
 

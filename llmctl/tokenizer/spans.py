@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, islice
+from operator import eq
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer
 from llmctl.tokenizer.load import encode_with, starts_with
 
 Span = tuple[int, int]
+LONG = 1 << 16  # ids
 KNOWN = 16  # tails that are remembered: a template has one or two
 
 
@@ -167,11 +169,18 @@ class Coder:
                 else:  # something else became this token, or it another one
                     wanted = self._ids([text[:bound]])[0]
             end = begin + len(wanted)
-            if ids[begin:end] != wanted:
+            if not _stands_at(ids, begin, wanted):
                 return SpanError(end=len(places) % 2 == 1)
             places.append(end)
         pairs = iter(places)
         return Encoded(ids, tuple(zip(pairs, pairs, strict=True)))
+
+
+def _stands_at(ids: list[int], begin: int, wanted: list[int]) -> bool:
+    """Whether `wanted` stands in `ids` from `begin` on; of a long row no copy is made."""
+    if len(wanted) <= LONG:
+        return ids[begin : begin + len(wanted)] == wanted
+    return begin + len(wanted) <= len(ids) and all(map(eq, islice(ids, begin, None), wanted))
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

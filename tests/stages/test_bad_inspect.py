@@ -9,7 +9,7 @@ from tests.program import Program
 from tests.stages.bad_input import Bad, Make, cases, check, file, told
 
 FEW = "--model base --template chatml"
-KNOWN = "what can be set is `data.template`, `data.max_length`, `data.text_field`, `data.mask_prompt`, `data.rewritten`"
+KNOWN = "what can be set is `data.template`, `data.max_length`, `data.text_field`, `data.mask_prompt`, `data.rewritten`, `data.max_document_mb`"
 
 
 def records(name: str, *values: object) -> Make:

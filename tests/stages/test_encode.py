@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.formats import Example
 from llmctl.data.shapes import Completion, Conversation, Labelled, Preference, Shape, Text
+from llmctl.data.statistics import BATCH
 from llmctl.errors import UserError
-from llmctl.stages.encode import BATCH, COMPARED, Encoder, Row
+from llmctl.stages.encode import COMPARED, Encoder, Row
 from llmctl.stages.pairs import encoded_pairs
 from tests.tokenizer.talks import MARKED, byte_level, metaspace, unmarked
 from tests.turns import assistant, call, system, tool, user
