@@ -167,10 +167,12 @@ def test_fields(words: str, talking: Path, llmctl: Program) -> None:
 
 
 def test_every_field_has_a_test() -> None:
-    """`batch_size` is only about memory; `min_effect` is looked at in test_merge.py, `threads` in test_threads.py."""
+    """`batch_size` is only about memory; others are looked at in test_merge.py, test_threads.py and test_document_limit.py."""
     named = {word.partition("=")[0].removeprefix("compare.") for line in LOOK for word in line.split()}
-    assert named | {"batch_size", "threads"} == set(CompareSection.model_fields)
-    assert named | {"batch_size", "threads", "min_effect"} == set(MergeSection.model_fields)
+    assert named | {"batch_size", "threads", "max_document_mb"} == set(CompareSection.model_fields)
+    assert named | {"batch_size", "threads", "max_document_mb", "min_effect"} == set(
+        MergeSection.model_fields
+    )
 
 
 def test_batch_size_changes_nothing(talking: Path, llmctl: Program) -> None:

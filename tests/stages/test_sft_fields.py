@@ -217,6 +217,7 @@ def test_base(talking: Path) -> None:
 
 BY_NAME = {
     "data.rewritten",  # which no template of this base has a use for: test_templates.py
+    "data.max_document_mb",  # in test_document_limit.py
     "stage", "out", "base", "device", "train.threads", "train.per_device_eval_batch_size", "train.gradient_checkpointing"
 }  # fmt: skip
 
