@@ -92,7 +92,8 @@ def write_atomic(path: Path, data: bytes | str, elsewhere: str = "choose another
 
     `elsewhere` is as in `disk_errors`.
     """
-    raw = data.encode() if isinstance(data, str) else data
+    # half a surrogate pair (of a file's name that is not UTF-8) becomes `\udcff`, which JSON reads as what it was
+    raw = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     with disk_errors(path, elsewhere):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}-")
@@ -120,12 +121,7 @@ def clear_leftovers(folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`write_atomic` of indented JSON."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False)
-    try:
-        raw = text.encode()
-    except UnicodeEncodeError:  # the name of a file that is not UTF-8 reads back as it was
-        raw = json.dumps(value, indent=2, sort_keys=False).encode()
-    write_atomic(path, raw + b"\n")
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
 
 
 @contextlib.contextmanager

@@ -163,3 +163,29 @@ def test_hashes(tmp_path: Path) -> None:
     assert files.file_hash(tmp_path / "empty").startswith("e3b0c44298fc1c149afbf4c8996fb924")
     assert files.combined_hash({"a": "1", "b": "2"}) == files.combined_hash({"b": "2", "a": "1"})
     assert files.combined_hash({"a": "1", "b": "2"}) != files.combined_hash({"a": "2", "b": "1"})
+
+
+def test_a_name_that_is_not_utf_8_reads_back(tmp_path):
+    files.write_json(tmp_path / "a.json", {"path": "a\udcff", "text": "ü"})
+    assert files.read_json(tmp_path / "a.json") == {"path": "a\udcff", "text": "ü"}
+    assert "ü".encode() in (tmp_path / "a.json").read_bytes()
+
+
+def test_a_pipe_a_device_and_a_large_file_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b"x" * 3_000_000)
+    for path, said in (
+        (tmp_path / "pipe", "not a regular file, but a pipe or a device"),
+        (Path("/dev/zero"), "not a regular file, but a pipe or a device"),
+        (tmp_path / "large", "larger than 1 MiB, so it is no such file"),
+    ):
+        with pytest.raises(UserError) as caught:
+            files.read_bounded(path, 1 << 20)
+        assert caught.value.message == f"{path}: {said}"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    with pytest.raises(UserError) as caught:
+        files.write_atomic(Path("/proc/nothing/a"), "x")
+    assert caught.value.message.startswith("/proc/nothing: cannot be written (")
+    assert caught.value.hint == "choose another folder with --out"

@@ -20,7 +20,7 @@ DIVERGED = "diverged.json"
 def log_row(run: Path, row: dict[str, Any], name: str = METRICS) -> None:
     """Add a line to metrics.jsonl, or to another file of lines with a `step`."""
     path = run / name
-    with disk_errors(path), open(path, "a", encoding="utf-8") as file:
+    with disk_errors(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
