@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-import unicodedata
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from llmctl.cli.marked import JOINERS
-from llmctl.cli.output import can_draw
+from llmctl.cli.output import can_draw, harmless, json_text
 
 if TYPE_CHECKING:
     from llmctl.stages.chat import Exchange
@@ -47,7 +44,8 @@ class JsonAnswer:
 
     def end(self, exchange: Exchange | None) -> None:
         if exchange is not None:
-            print(json.dumps(asdict(exchange), ensure_ascii=False), file=self._stream, flush=True)
+            self._stream.write(json_text(asdict(exchange)) + "\n")
+            self._stream.flush()
 
 
 class PlainAnswer:
@@ -114,16 +112,3 @@ class Region:
         self._stream.write(up + lines + ("\n" if settled and not again else "") + "\x1b[J")
         self._stream.flush()
         self._height = len(again)
-
-
-def harmless(text: str) -> str:
-    """A text without what a terminal would obey: codes stand for control characters other than line breaks."""
-    return text if text.isascii() and text.isprintable() else "".join(map(_seen, text))
-
-
-def _seen(character: str) -> str:
-    if character.isprintable() or character in "\n\t" or character in JOINERS:
-        return character
-    if character == "\r" or unicodedata.category(character) == "Zs":
-        return "" if character == "\r" else character
-    return character.encode("unicode_escape", "surrogatepass").decode()

@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import typer
 
+from llmctl.cli.output import echo, one_line
 from llmctl.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
@@ -109,17 +110,12 @@ def report(error: UserError) -> None:
 
 def _tell(text: str) -> None:
     """One line on stderr; what a file name or a library's text may contain cannot break it."""
-    line = " ".join(text.splitlines())
-    print("".join(c if c.isprintable() else _escaped(c) for c in line), file=sys.stderr)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape", "surrogatepass").decode()
+    echo(one_line(" ".join(text.splitlines())), file=sys.stderr)
 
 
 def _show_traceback() -> None:
     if os.environ.get(DEBUG):
-        traceback.print_exc(file=sys.stderr)
+        echo(traceback.format_exc(), file=sys.stderr, end="")
 
 
 def _reader_left() -> int:

@@ -14,7 +14,7 @@ import typer
 from llmctl.cli.answers import answer_for
 from llmctl.cli.boundary import report
 from llmctl.cli.options import RecipeFile, Words, flag, given, split_words
-from llmctl.cli.output import can_draw
+from llmctl.cli.output import can_draw, echo, harmless, one_line
 from llmctl.cli.slash import ALIASES, COMMANDS, Leave, obey
 from llmctl.cli.turns import Keyboard, Pipe, Turn, next_turn
 from llmctl.errors import EXIT_INTERRUPTED, UsageError, UserError
@@ -126,14 +126,14 @@ class _Typed:
                 turn = next_turn(self._keyboard)
                 self._leaving = False
                 if turn is None:
-                    print(file=sys.stderr)
+                    echo(file=sys.stderr)
                     return
                 self._take(turn)
             except KeyboardInterrupt:
                 self._interrupted()
             except UserError as error:
                 report(error)
-                print(file=sys.stderr)
+                echo(file=sys.stderr)
             except Leave:
                 return
 
@@ -143,11 +143,11 @@ class _Typed:
                 _take(self._chat, turn, self._as_json, stopped)
         except KeyboardInterrupt:
             whisper("stopped at once; the turn is taken back")
-        print(file=sys.stderr)
+        echo(file=sys.stderr)
 
     def _interrupted(self) -> None:
         """The line is dropped; nothing stood in it for the second time, and the program ends."""
-        print(file=sys.stderr)
+        echo(file=sys.stderr)
         if self._leaving and not self._keyboard.begun:
             raise KeyboardInterrupt
         self._leaving = True
@@ -191,7 +191,9 @@ ENDED = {
 def whisper(text: str) -> None:
     """A line on stderr that does not distract from the answers."""
     sys.stdout.flush()
-    print(f"\x1b[2m{text}\x1b[22m" if can_draw(sys.stderr) and text else text, file=sys.stderr, flush=True)
+    text = harmless(text)
+    sys.stderr.write(f"\x1b[2m{text}\x1b[22m\n" if can_draw(sys.stderr) and text else f"{text}\n")
+    sys.stderr.flush()
 
 
 @contextlib.contextmanager
@@ -204,7 +206,7 @@ def _opening(where: str, typed: bool) -> Iterator[None]:
 
     def interrupt(number: int, frame: object) -> None:
         ended()
-        print("interrupted", file=sys.stderr, flush=True)
+        echo("interrupted", file=sys.stderr, flush=True)
         os._exit(EXIT_INTERRUPTED)
 
     def ended() -> None:
@@ -216,7 +218,7 @@ def _opening(where: str, typed: bool) -> Iterator[None]:
     try:
         with _signals(interrupt, restore):
             if drawn:
-                sys.stderr.write(f"\x1b[2mopening {where} …\x1b[22m")
+                sys.stderr.write(f"\x1b[2mopening {one_line(where)} …\x1b[22m")
                 sys.stderr.flush()
             yield
     finally:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmctl.cli.options import AsJson, split_words
-from llmctl.cli.output import cell_width, figure, print_json, print_listing, print_table
+from llmctl.cli.output import cell_width, echo, figure, print_json, print_listing, print_table
 from llmctl.cli.progress import make_talk
 from llmctl.errors import UsageError, one_of
 from llmctl.recipe.words import WORDS
@@ -86,7 +86,7 @@ def inspect(
         )
     for number, row in enumerate(found.rows):
         if number or screen.width is not None:  # on a terminal what was said stands just before
-            print()
+            echo()
         _show_row(row, found, screen, ids, full)
 
 
@@ -269,13 +269,13 @@ def _show_report(report: dict[str, Any]) -> None:
     for one in repeats["places"]:
         # within a file the line says enough
         first = one["first"].removeprefix(one["place"].rpartition(":")[0] + ":")
-        print(f"  {printable(one['place'], screen)} repeats the one at {printable(first, screen)}")
+        echo(f"  {printable(one['place'], screen)} repeats the one at {printable(first, screen)}")
     for unit in ("characters", "bytes"):
         _show_spreads(f"{unit} of", "messages", {role: both[unit] for role, both in report["roles"].items()})
-    print()
+    echo()
     _show_scripts(report["scripts"])
     if choices := report["preferences"]:
-        print()
+        echo()
         print_listing(
             {
                 "the longer answer is chosen": f"{choices['longer_chosen']:.1%}",
@@ -290,7 +290,7 @@ def _show_report(report: dict[str, Any]) -> None:
 
 def _show_spreads(what: str, counted: str, spreads: dict[str, dict[str, int]]) -> None:
     keys = ("count", "min", "median", "p95", "max", "total")
-    print()
+    echo()
     print_table(
         (what, counted, *keys[1:]),
         [(name, *(spread[key] for key in keys)) for name, spread in spreads.items()],
@@ -312,7 +312,7 @@ def _show_scripts(scripts: dict[str, Any]) -> None:
 
 def _show_tokens(tokens: dict[str, Any]) -> None:
     _show_spreads("tokens of", "rows", tokens["lengths"])
-    print()
+    echo()
     rows = tokens["lengths"]["row"]["count"]
     print_listing(
         {

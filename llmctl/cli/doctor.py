@@ -15,7 +15,7 @@ import typer
 
 from llmctl import __version__
 from llmctl.cli.options import AsJson
-from llmctl.cli.output import print_json, print_table, size
+from llmctl.cli.output import echo, print_json, print_table, size
 from llmctl.errors import EXIT_USER_ERROR
 
 _HERE = Path(__file__).resolve().parent.parent
@@ -52,11 +52,11 @@ def _print(findings: list[Finding]) -> None:
     print_table(("what", "", "found"), [(f.name, marks[f.state], f.found) for f in findings])
     mends = [f for f in findings if f.mend]
     if mends:
-        print("\nto mend:")
+        echo("\nto mend:")
         for finding in mends:
-            print(f"  {finding.name}: {finding.mend}")
+            echo(f"  {finding.name}: {finding.mend}")
     wrong = sum(f.state == "missing" for f in findings)
-    print(
+    echo(
         f"\n{wrong} needed {'thing is' if wrong == 1 else 'things are'} missing" if wrong else "\nall is well"
     )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from llmctl.cli.options import AsJson, Overrides, RecipeFile, one_model, split_words
-from llmctl.cli.output import print_json, print_table, size
+from llmctl.cli.output import echo, harmless, print_json, print_table, size
 from llmctl.cli.progress import make_talk
 from llmctl.errors import UsageError, UserError, one_of
 from llmctl.recipe.words import WORDS
@@ -132,11 +132,12 @@ def show_walk(
 def show_paged(lines: list[str]) -> None:
     """Print lines; on a terminal too low for them, through $PAGER or less. A $PAGER that is not there is passed over."""
     named = (os.environ.get("MANPAGER") or os.environ.get("PAGER") or "").split()  # as pydoc looks for one
+    lines = [harmless(line) for line in lines]  # a pager obeys what it is given
     missing = bool(named) and shutil.which(named[0]) is None
     if not missing and sys.stdout.isatty() and len(lines) >= shutil.get_terminal_size().lines:
         pydoc.pager("\n".join(lines) + "\n")
     else:
-        print("\n".join(lines))
+        echo("\n".join(lines))
 
 
 def show_size(
@@ -192,16 +193,16 @@ def print_size(found: dict[str, Any]) -> None:
     if active != total:
         rows.append(("active", active, f"{active / total:.1%}"))
     print_table(("part", "parameters", "share"), rows)
-    print()
+    echo()
     print_table(("weights", "size"), [(name, size(count)) for name, count in found["bytes"].items()])
     cache = found["kv_cache"]
     if cache is not None:
-        print(f"\nKV-cache of {tokens:,} tokens in bfloat16:")
+        echo(f"\nKV-cache of {tokens:,} tokens in bfloat16:")
         columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
-        print(textwrap.fill(cache["formula"], columns, initial_indent="  ", subsequent_indent="  "))
-        print(
+        echo(textwrap.fill(cache["formula"], columns, initial_indent="  ", subsequent_indent="  "))
+        echo(
             f"  {size(cache['bytes']['bfloat16'])}; {size(cache['bytes']['float32'])} in float32, as on a CPU"
         )
-    print(f"\nFLOPs for a token, on average over {tokens:,}:")
+    echo(f"\nFLOPs for a token, on average over {tokens:,}:")
     for name, count in found["flops_per_token"].items():
-        print(f"  {name:<8}  {count:,}")
+        echo(f"  {name:<8}  {count:,}")

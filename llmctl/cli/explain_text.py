@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from llmctl.cli.output import cell_width, figure, size
+from llmctl.cli.output import cell_width, figure, one_line, size
 
 if TYPE_CHECKING:
     from llmctl.model.traced import Attention, Guess, Layer, Step, Table
@@ -268,7 +268,7 @@ def _next(walk: Walk, columns: int) -> list[str]:
 
 def quoted(text: str) -> str:
     """A token in quotes, line breaks and such written out."""
-    return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + '"'
+    return '"' + one_line(text) + '"'
 
 
 def percent(share: float) -> str:

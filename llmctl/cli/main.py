@@ -31,6 +31,7 @@ from llmctl.cli import (
     tune,
 )
 from llmctl.cli.boundary import guard
+from llmctl.cli.output import echo
 
 Command = Callable[..., None]
 
@@ -86,13 +87,13 @@ COMMANDS: dict[str, Command | None] = {
 
 def _print_help(ctx: typer.Context, wanted: bool) -> None:
     if wanted:
-        print(ctx.get_help())
+        echo(ctx.get_help())
         raise typer.Exit
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"llmctl {__version__}")
+        echo(f"llmctl {__version__}")
         raise typer.Exit
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TextIO
 
-from llmctl.cli.output import can_draw, cell_width
+from llmctl.cli.output import JOINERS, can_draw, cell_width
 
 Unit = tuple[str, str]  # what stands for one character, and its style; "\n" at its end ends the line
 Cost = Callable[[str], int]
@@ -19,7 +19,6 @@ LEAST = 160  # columns of a run that are shown at least
 WORTH = 24  # columns that are not left out, because saying so would take as much
 CLOSING = "，。、；：？！）》」』】”’"  # no line begins with one of these
 BREAK = 2  # columns kept for the mark of a line break
-JOINERS = "\u200c\u200d"  # invisible, but harmless, and Persian and emoji need them
 
 
 @dataclass(frozen=True)

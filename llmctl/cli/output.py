@@ -1,4 +1,9 @@
-"""What goes to stdout: JSON for programs, aligned plain text for people. No colours, no boxes."""
+"""What goes to stdout: JSON for programs, aligned plain text for people. No colours, no boxes.
+
+Text of files and models (paths, metrics, answers, tokens) may hold what a terminal obeys: escape sequences, or marks that
+reverse the order of what is read. So nothing in `cli/` calls `print`: `echo` and the functions over it write codes for such
+characters. Exact text is written in two places: JSON, which has codes of its own, and an answer that goes to a pipe.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +20,46 @@ from typing import Any, TextIO
 
 SIZES = ("memory_bytes", "disk_bytes")
 UNSEEN = ("Mn", "Me", "Cf")  # categories of characters that take no column
+JOINERS = "\u200c\u200d"  # invisible, but harmless, and Persian and emoji need them
 NARROWEST = 20  # columns; a text is not broken into less
+
+
+def echo(
+    *values: object, sep: str = " ", end: str = "\n", file: TextIO | None = None, flush: bool = False
+) -> None:
+    """`print`, with codes for what a terminal would obey; lines and tabs stay."""
+    print(harmless(sep.join(map(str, values))), end=end, file=file, flush=flush)
+
+
+def harmless(text: str) -> str:
+    """A text without what a terminal would obey: codes stand for control characters other than line breaks."""
+    return text if text.isascii() and text.isprintable() else "".join(map(_seen, text))
+
+
+def one_line(text: str) -> str:
+    """`harmless`, with codes for line breaks and tabs too."""
+    return harmless(text.replace("\n", "\\n").replace("\t", "\\t"))
+
+
+def _seen(character: str) -> str:
+    if character.isprintable() or character in "\n\t" or character in JOINERS:
+        return character
+    if character == "\r" or unicodedata.category(character) == "Zs":
+        return "" if character == "\r" else character
+    return character.encode("unicode_escape", "surrogatepass").decode()
 
 
 def print_json(value: Any) -> None:
     """One JSON document. Not-a-number and infinity, which JSON lacks, become null."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str))
+    print(json_text(_finite(value), indent=2))
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON whose strings are exact, with codes for the characters that `echo` has codes for too."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, default=str)
+    if text.isascii() and "\x7f" not in text:
+        return text
+    return "".join(c if len(_seen(c)) == 1 else json.dumps(c)[1:-1] for c in text)
 
 
 def _finite(value: Any) -> Any:
@@ -36,14 +75,15 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
     On a terminal the last column is broken into lines that fit.
     """
+    titles = [figure(title) for title in header]
     cells = [[figure(cell) for cell in row] for row in rows]
     numeric = [
         bool(rows) and all(isinstance(row[i], (int, float)) or row[i] is None for row in rows)
         for i in range(len(header))
     ]
-    wide = [max(cell_width(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
+    wide = [max(cell_width(line[i]) for line in [titles, *cells]) for i in range(len(header))]
     room = shutil.get_terminal_size().columns - sum(wide[:-1]) - 2 * (len(header) - 1)
-    for line in [list(header), *cells]:
+    for line in [titles, *cells]:
         padded = []
         for text, width, right in zip(line[:-1], wide, numeric, strict=False):
             gap = " " * (width - cell_width(text))
@@ -52,7 +92,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         last = " " * (wide[-1] - cell_width(line[-1])) + line[-1] if numeric[-1] else line[-1]
         if sys.stdout.isatty() and room >= NARROWEST and cell_width(last) > room:
             last = ("\n" + " " * cell_width(before)).join(textwrap.wrap(last, room))
-        print((before + last).rstrip())
+        echo((before + last).rstrip())
 
 
 def print_listing(values: dict[str, Any], indent: int = 0, in_bytes: bool = False) -> None:
@@ -61,23 +101,23 @@ def print_listing(values: dict[str, Any], indent: int = 0, in_bytes: bool = Fals
     What is named in `SIZES`, or lies in a section that is (`in_bytes`), is shown as 1.5 GiB; other
     counts of bytes are results and stay exact.
     """
-    values = {key: None if value in ({}, []) else value for key, value in values.items()}
+    values = {one_line(key): None if value in ({}, []) else value for key, value in values.items()}
     plain = [key for key, value in values.items() if not isinstance(value, (dict, list))]
     wide = max((cell_width(key) for key in plain), default=0)
     margin = " " * indent
     for key, value in values.items():
         if isinstance(value, dict):
-            print(f"{margin}{key}")
+            echo(f"{margin}{key}")
             print_listing(value, indent + 2, key in SIZES)
         elif isinstance(value, list):
-            print(f"{margin}{key}")
+            echo(f"{margin}{key}")
             for entry in value:
                 text = "  ".join(figure(v) for v in entry.values()) if isinstance(entry, dict) else entry
-                print(f"{margin}  {figure(text)}")
+                echo(f"{margin}  {figure(text)}")
         else:
             sized = isinstance(value, (int, float)) and (in_bytes or key in SIZES)
             text = size(value) if sized else figure(value)
-            print(f"{margin}{key}{' ' * (wide - cell_width(key))}  {text}")
+            echo(f"{margin}{key}{' ' * (wide - cell_width(key))}  {text}")
 
 
 def figure(value: Any) -> str:
@@ -92,7 +132,7 @@ def figure(value: Any) -> str:
         if math.isfinite(value) and abs(value) >= 1000:
             return f"{value:,.0f}"
         return f"{value:.4g}"
-    return str(value)
+    return one_line(str(value))
 
 
 def size(number: float) -> str:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
-from llmctl.cli.output import can_draw, duration
+from llmctl.cli.output import can_draw, duration, echo, harmless, one_line
 from llmctl.talk import Bar, Talk
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class PlainTalk:
         """One line."""
         # A log reader that went away must not end hours of training, so nobody is told.
         with contextlib.suppress(BrokenPipeError):
-            print(text, file=self._stream, flush=True)
+            echo(text, file=self._stream, flush=True)
 
     @contextlib.contextmanager
     def bar(self, label: str, total: float | None, unit: str) -> Iterator[Bar]:
@@ -189,7 +189,7 @@ class LiveTalk:
 
     def say(self, text: str) -> None:
         """One line, above the bars."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(harmless(text), markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def bar(self, label: str, total: float | None, unit: str) -> Iterator[Bar]:
@@ -237,6 +237,7 @@ class LiveTalk:
             paces = list(self._paces)
         for row, pace in enumerate(paces):
             label, columns, text = pace.fitted(self._console.width - 1)
+            label, text = one_line(label), one_line(text)
             filled = round(columns * pace.share)
             drawing.append("\n" if row else "").append(f"{label} ", "bold")
             if columns:

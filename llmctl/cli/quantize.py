@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from llmctl.cli.options import AsJson, RecipeFile, Words, flag
-from llmctl.cli.output import figure, print_json, print_listing, print_table, size
+from llmctl.cli.output import echo, figure, print_json, print_listing, print_table, size
 from llmctl.cli.progress import make_talk
 from llmctl.cli.tune import Accept, checked, show_answers
 
@@ -63,9 +63,9 @@ def print_receipt(run: str, found: dict[str, Any]) -> None:
         before, after = (found.pop(key) for key in keys)
         if before is not None:
             rows.append((title, shown(before), shown(after)))
-    print()
+    echo()
     print_table(("", "before", "after"), rows)
-    print()
+    echo()
     kept = found.pop("kept")
     named = ", ".join(kept[:FEW]) + (f" and {len(kept) - FEW} more" if len(kept) > FEW else "")
     print_listing({"run": run, **found, "in full": named or "none"})

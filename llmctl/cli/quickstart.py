@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from llmctl.cli.chat import converse
 from llmctl.cli.options import AsJson, flag
-from llmctl.cli.output import duration, print_json, print_table, size
+from llmctl.cli.output import duration, echo, print_json, print_table, size
 from llmctl.cli.progress import make_talk
 
 HEADER = ("stage", "time", "size", "loss", "exact match", "change", "preferred")
@@ -41,15 +41,15 @@ def quickstart(
         return
     talk.say("")
     print_table(HEADER, [cells(row) for row in result["rows"]])
-    print("", *NOTES, sep="\n")
+    echo("", *NOTES, sep="\n")
     took, memory = duration(result["seconds"]), size(result["peak_memory_bytes"])
-    print(f"\n{took} in all, {memory} of memory at most; the model: {result['model']}\n")
+    echo(f"\n{took} in all, {memory} of memory at most; the model: {result['model']}\n")
     exchange = result["exchange"]
     if sys.stdin.isatty() and sys.stdout.isatty():
-        print(f"Ask it about one of its people, for example: {exchange['prompt']}", flush=True)
+        echo(f"Ask it about one of its people, for example: {exchange['prompt']}", flush=True)
         converse(stage.conversation(result["model"], seed, device))
     else:
-        print(f"> {exchange['prompt']}\n{exchange['answer'].strip()}")
+        echo(f"> {exchange['prompt']}\n{exchange['answer'].strip()}")
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str | None, ...]:

@@ -11,7 +11,7 @@ import typer
 
 from llmctl.cli.boundary import report
 from llmctl.cli.options import AsJson
-from llmctl.cli.output import print_json, print_table
+from llmctl.cli.output import echo, print_json, print_table
 from llmctl.errors import EXIT_USER_ERROR, UserError, nearest
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", hidden=True)], as_j
         print_json(recipe.model_dump(mode="json"))
     else:
         columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        print(annotated(recipe, columns, every), end="")
+        echo(annotated(recipe, columns, every), end="")
 
 
 def check(files: Annotated[list[str], typer.Argument(metavar="FILE", hidden=True)]) -> None:
@@ -77,7 +77,7 @@ def check(files: Annotated[list[str], typer.Argument(metavar="FILE", hidden=True
     for file in files:
         try:
             path = find_recipe(file)
-            print(f"{path}: ok ({check_file(path).stage_name})")
+            echo(f"{path}: ok ({check_file(path).stage_name})")
         except UserError as error:
             wrong += 1
             report(error)
@@ -119,7 +119,7 @@ def variants(
         return
     for name, chosen in AXES.items():
         _print_overview(name, chosen)
-    print("llmctl recipe variants AXIS: how a recipe asks for each, and what it needs")
+    echo("llmctl recipe variants AXIS: how a recipe asks for each, and what it needs")
 
 
 def _rows(axis: str, chosen: Axis) -> list[dict[str, Any]]:
@@ -149,7 +149,7 @@ def _print_overview(axis: str, chosen: Axis) -> None:
         print_table((axis, "", chosen.about), found)
     else:
         print_table((axis, chosen.about), [(name, does) for name, _, does in found])
-    print()
+    echo()
 
 
 def _print_axis(axis: str, chosen: Axis) -> None:

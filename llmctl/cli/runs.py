@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmctl.cli.options import AsJson
-from llmctl.cli.output import age, figure, print_json, print_listing, print_table, size
+from llmctl.cli.output import age, echo, figure, print_json, print_listing, print_table, size
 from llmctl.errors import UserError, nearest
 from llmctl.runs import RUNS, find_parent, find_runs, read_manifest, status_of
 
@@ -39,7 +39,7 @@ def list_runs(folder: Folder = None, as_json: AsJson = False) -> None:
             ],
         )
     else:
-        print(f"no runs in {root}")
+        echo(f"no runs in {root}")
 
 
 def _row(run: Path, root: Path) -> dict[str, Any]:
@@ -85,10 +85,10 @@ def show(run: RunName, folder: Folder = None, as_json: AsJson = False) -> None:
     print_listing(short)
     for key in ("metrics", "parents", "versions"):
         if manifest.get(key):
-            print()
+            echo()
             print_listing({key: manifest[key]})
     if manifest.get("outputs"):
-        print("\noutputs")
+        echo("\noutputs")
         print_listing({name: digest[:12] for name, digest in manifest["outputs"].items()}, indent=2)
 
 
@@ -143,7 +143,7 @@ def _draw(node: dict[str, Any], margin: str = "", branch: str = "") -> None:
         words.append("from the hub")
     elif not node["found"]:
         words.append(f"missing: nothing here has its hash {node['hash'][:12]}")
-    print(margin + branch + " ".join(words))
+    echo(margin + branch + " ".join(words))
     deeper = margin + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
     for index, parent in enumerate(node["parents"]):
         _draw(parent, deeper, "└─ " if index == len(node["parents"]) - 1 else "├─ ")

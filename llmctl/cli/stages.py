@@ -21,7 +21,7 @@ from llmctl.cli.options import (
     saved_recipe,
     split_words,
 )
-from llmctl.cli.output import print_json, print_listing
+from llmctl.cli.output import echo, harmless, print_json, print_listing
 from llmctl.cli.progress import make_talk
 from llmctl.errors import UsageError, UserError
 
@@ -113,12 +113,13 @@ def generate(
         print_json(stage.run(checked, prompt, talk, None))
         return
     result = stage.run(checked, prompt, talk, _write)
-    print()
+    echo()
     talk.say(f"{len(result['tokens']):,} tokens, {result['tokens_per_second']:.1f} tokens/s")
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    """A pipe gets the text as it is; on a terminal nothing in it is obeyed."""
+    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llmctl.cli.options import AsJson, DataWords, RecipeFile, flag, given, split_words
-from llmctl.cli.output import print_json, print_listing, print_table
+from llmctl.cli.output import one_line, print_json, print_listing, print_table
 from llmctl.cli.progress import make_talk
 from llmctl.recipe.words import WORDS
 
@@ -86,14 +86,10 @@ def show(
     else:
         print_table(
             ("id", "token", "bytes", "text"),
-            [(str(i).rjust(6), _visible(token), raw.hex(" "), _decoded(raw)) for i, token, raw in rows],
+            [(str(i).rjust(6), token, raw.hex(" "), _decoded(raw)) for i, token, raw in rows],
         )
-
-
-def _visible(token: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in token)
 
 
 def _decoded(raw: bytes) -> str:
     """A token's bytes as text in quotes; bytes that are only part of a character show as \\x.."""
-    return f'"{_visible(raw.decode("utf-8", "backslashreplace"))}"'
+    return f'"{one_line(raw.decode("utf-8", "backslashreplace"))}"'

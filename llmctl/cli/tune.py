@@ -16,7 +16,7 @@ from llmctl.cli.options import (
     saved_recipe,
     split_words,
 )
-from llmctl.cli.output import print_json, print_listing
+from llmctl.cli.output import echo, print_json, print_listing
 from llmctl.cli.progress import make_talk
 from llmctl.errors import UsageError
 
@@ -149,7 +149,7 @@ def score(
         print_json(found)
         return
     for row in found.pop("rows"):
-        print(f"{row['score']:+9.4f}  {row.get('side', ''):8}  {row['place']}  {_short(row['answer'])}")
+        echo(f"{row['score']:+9.4f}  {row.get('side', ''):8}  {row['place']}  {_short(row['answer'])}")
     print_listing(found)
 
 
@@ -294,10 +294,10 @@ def _show_comparison(found: dict[str, Any]) -> None:
 def show_answers(answers: list[dict[str, Any]]) -> None:
     """What two models said to the same prompts, side by side; once where they said the same."""
     for number, one in enumerate(answers, 1):
-        print(f"\nprompt {number}  {_short(one['prompt'])}")
+        echo(f"\nprompt {number}  {_short(one['prompt'])}")
         sides = {"a": one["a"]} if one["a"] == one["b"] else {"a": one["a"], "b": one["b"]}
         for side, text in sides.items():
-            print(f"  {'both' if len(sides) == 1 else side:4}  {_short(text)}")
+            echo(f"  {'both' if len(sides) == 1 else side:4}  {_short(text)}")
 
 
 def _short(text: str) -> str:

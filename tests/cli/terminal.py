@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 
-from llmctl.cli.marked import JOINERS
-from llmctl.cli.output import cell_width
+from llmctl.cli.output import JOINERS, cell_width
 
 SEQUENCE = re.compile(r"\x1b\[(\d*)([A-Za-z])|\x1b\[\?\d+[hl]|[^\x1b]|\x1b")
 STYLE = re.compile(r"\x1b\[[\d;]*m")

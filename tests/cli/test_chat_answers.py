@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from llmctl.cli.answers import DrawnAnswer, PlainAnswer, answer_for, harmless
+from llmctl.cli.answers import DrawnAnswer, PlainAnswer, answer_for
 from llmctl.cli.markdown import line_spans
-from llmctl.cli.output import cell_width
+from llmctl.cli.output import cell_width, harmless
 from tests.cli.terminal import Terminal
 
 MARKDOWN = """# A heading 标题
