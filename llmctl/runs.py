@@ -340,7 +340,8 @@ class Run:
     ) -> None:
         try:
             if kind is not None and (issubclass(kind, (KeyboardInterrupt, Interrupted)) or was_interrupted()):
-                self._close_with("interrupted", None)
+                if self.manifest["status"] == "running":  # what is done stays done
+                    self._close_with("interrupted", None)
             elif error is not None or self.manifest["status"] == "running":
                 self._close_with("failed", str(error) if error else "the stage ended without a result")
         finally:

@@ -57,7 +57,7 @@ HEAVY = {"torch", "transformers", "tokenizers", "datasets", "peft", "trl", "acce
 
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8
 # "path" or "path::function" -> the size it is allowed. An entry that is no longer needed fails a test.
-LONG_FILES: dict[str, int] = {"llmctl/runs.py": 404}
+LONG_FILES: dict[str, int] = {"llmctl/runs.py": 405}
 LONG_FUNCTIONS: dict[str, int] = {}
 MANY_PARAMETERS: dict[str, int] = {
     # transformers, PEFT and TRL look for these names in the signature
