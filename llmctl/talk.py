@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
+
+Batch = TypeVar("Batch", bound=Mapping[str, Any])
 
 
 class Bar(Protocol):
@@ -26,7 +29,18 @@ class Talk(Protocol):
         """One line the user should see once."""
 
     def bar(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Bar]:
-        """Progress over `total` units (None: unknown), named in the plural: "steps", "MB", "documents"."""
+        """Progress over `total` units (None: unknown), named in the plural: "steps", "MB", "documents".
+
+        Work that cannot be counted has neither: `bar("folding", None, "")` shows how long it has lasted.
+        """
+
+
+def rows_told(batches: Iterable[Batch], rows: int, label: str, talk: Talk) -> Iterator[Batch]:
+    """The batches, each [B, …] by name, with a bar over their rows."""
+    with talk.bar(label, rows, "rows") as bar:
+        for batch in batches:
+            yield batch
+            bar.advance(len(batch["input_ids"]))
 
 
 class _SilentBar:

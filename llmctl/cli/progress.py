@@ -63,6 +63,10 @@ class Pace:
         if self._first is None:
             self._first = (now, self.done)
             self._samples.append(self._first)
+            if (
+                self.total is not None and now - self._begin >= SAMPLE
+            ):  # large pieces: an estimate until the second one is done
+                self.rate = self.done / (now - self._begin)
             return
         if now - self._samples[-1][0] >= SAMPLE or self.rate is None:
             then, before = self._samples[0]
@@ -78,6 +82,8 @@ class Pace:
 
     def parts(self) -> list[str]:
         """Count, rate, time left, then one entry a fact."""
+        if not self.unit:
+            return [duration(self.elapsed), *_facts(self.facts)]
         count = _count(self.done)
         if self.total is not None:
             count += f"/{_count(self.total)}"
@@ -92,6 +98,8 @@ class Pace:
 
     def summary(self) -> str:
         """The line that stays when the work is done."""
+        if not self.unit:
+            return f"{self.label}: " + " · ".join(self.parts())
         parts = [f"{_count(self.done)} {self.unit} in {duration(self.elapsed)}"]
         if self._first is not None and self.elapsed > 0:
             then, before = self._first

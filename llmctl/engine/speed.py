@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 
 from llmctl.engine.generate import generate
@@ -14,17 +14,24 @@ from llmctl.model import LlmctlForCausalLM
 ROUNDS = 3
 
 
-def decoding_speeds(models: Sequence[LlmctlForCausalLM], prompt_ids: list[int], tokens: int) -> list[float]:
+def decoding_speeds(
+    models: Sequence[LlmctlForCausalLM],
+    prompt_ids: list[int],
+    tokens: int,
+    tell: Callable[[int], None] = lambda tokens: None,
+) -> list[float]:
     """Tokens per second of each model, greedy, after the first token: the median of some rounds.
 
     Args:
         tokens: new tokens in a round, at least 2; with the prompt they must fit the models' contexts.
+        tell: told of the tokens of each round of each model; there are `ROUNDS`.
     """
     found: list[list[float]] = [[] for _ in models]
     with steady_threads():
         for _ in range(ROUNDS):
             for model, speeds in zip(models, found, strict=True):
                 speeds.append(decoding_speed(model, prompt_ids, tokens))
+                tell(tokens)
     return [median(speeds) for speeds in found]
 
 

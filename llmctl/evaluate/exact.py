@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,12 +16,16 @@ WORK = Work("exact completion", "tokens")
 
 @torch.no_grad()
 def exact_matches(
-    model: LlmctlForCausalLM, pairs: Sequence[Pair], compute: Compute, batch_size: int = 64
+    model: LlmctlForCausalLM,
+    pairs: Sequence[Pair],
+    compute: Compute,
+    batch_size: int = 64,
+    tell: Callable[[int], None] = lambda count: None,
 ) -> list[bool]:
     """For each pair, whether greedy decoding after the prompt would produce the completion.
 
     One forward pass over prompt and completion answers it: decoding gives the completion exactly
-    if every one of its tokens is the likeliest after the ones before it.
+    if every one of its tokens is the likeliest after the ones before it. `tell` is told how many pairs were read.
 
     Raises ValueError for an empty prompt or completion.
     """
@@ -44,4 +48,5 @@ def exact_matches(
         for row, (prompt, completion) in enumerate(part):
             said = likeliest[row, len(prompt) - 1 : len(prompt) + len(completion) - 1]
             found.append(said.tolist() == completion)
+        tell(len(part))
     return found

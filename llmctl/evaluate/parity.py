@@ -124,6 +124,7 @@ def parity(
     *,
     rounded: torch.dtype | None = None,
     max_tokens: int | None = None,
+    labels: int | None = None,
     talk: Talk = SILENT,
 ) -> Parity:
     """Compare two models on batches of input_ids, labels and position_ids, [B, T] each.
@@ -133,13 +134,15 @@ def parity(
     Args:
         rounded: the precision in which `a` also runs, as the noise that the two are held against.
         max_tokens: after the row that reaches it, the rest is left out.
+        labels: how many labelled tokens the batches have, for the bar.
     """
     passes = [(a, compute.autocast()), (b, compute.autocast())]
     if rounded is not None:
         passes.append((a, Compute(compute.device, rounded).autocast()))
     parts: list[list[Tensor]] = []
     rows = tokens = 0
-    with talk.bar("comparing", max_tokens, "tokens") as bar:
+    total = min((count for count in (max_tokens, labels) if count is not None), default=None)
+    with talk.bar("comparing", total, "tokens") as bar:
         for batch in timed_batches(batches, a, b):
             if max_tokens is not None:
                 batch = _first_rows(batch, max_tokens - tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from llmctl.tokenizer.load import fingerprint
 from llmctl.tokenizer.template import template_hash
 
 FEW_DECIDED = 0.05  # share of decided tokens below which agreement on them proves nothing
+Prompt = tuple[list[int], list[int]]  # what is asked, and what stands in the data
 ROW = 512  # tokens in a row where the recipe sets none
 
 
@@ -99,7 +102,10 @@ def held_together(
         max_rows=settings.max_rows,
     )
     rounded = rounded if compute.dtype == torch.float32 else None
-    made = parity(a, b, batches, compute, rounded=rounded, max_tokens=settings.max_tokens, talk=talk)
+    labels = replace(rows.laid, rows=rows.laid.rows.first(settings.max_rows)).trained_tokens
+    made = parity(
+        a, b, batches, compute, rounded=rounded, max_tokens=settings.max_tokens, labels=labels, talk=talk
+    )
     found: dict[str, Any] = made.figures()
     found["rows"] = len(made.row.unique())
     if found.get("decided", 1.0) < FEW_DECIDED:
@@ -107,8 +113,8 @@ def held_together(
             f"rounding alone decides {1 - found['decided']:.0%} of the tokens: agreement says little here"
         )
     stops = [end_ids(model, tokenizer) for model in (a, b)]
-    answers = []
-    for prompt, reference in rows.prompts(settings.answers):
+    answers, prompts = [], rows.prompts(settings.answers)
+    for prompt, reference in _told(prompts, talk):
         said = [
             _answer(model, prompt, settings.max_new_tokens, ends, compute)
             for model, ends in zip((a, b), stops, strict=True)
@@ -128,6 +134,13 @@ def held_together(
         found[f"stop_rate_{side}"] = sum(one[f"stopped_{side}"] for one in answers) / count if count else None
     found["same_answers"] = sum(one["a"] == one["b"] for one in answers) / count if count else None
     return found | {"answers": answers}
+
+
+def _told(prompts: list[Prompt], talk: Talk) -> Iterator[Prompt]:
+    with talk.bar("answering", len(prompts), "prompts") as bar:
+        for prompt in prompts:
+            yield prompt
+            bar.advance()
 
 
 def _answer(

@@ -43,13 +43,15 @@ def run(recipe: ConvertRecipe, talk: Talk) -> RunResult:
     check_out(out, resumable=False, afresh=STAGE)
     use_threads(recipe.threads, "threads", pick_device("cpu"), talk)
     dtype = DTYPES.get(recipe.dtype)
-    model = load_model(folder, dtype, kind=_class_in(folder), allow_pickle=recipe.allow_pickle)
+    with talk.bar("loading", None, ""):
+        model = load_model(folder, dtype, kind=_class_in(folder), allow_pickle=recipe.allow_pickle)
     model.config.family = recipe.family or model.config.family
     fields, _ = model.disk_form()
     parents = [parent("model", recipe.base)]
     text = dump_recipe(recipe.model_copy(update={"out": None}))
     with Run.start(STAGE, out, text, afresh=True, parents=parents) as opened:
-        install(partial(_write, model, folder), out)
+        with talk.bar("writing", None, ""):
+            install(partial(_write, model, folder), out)
         found: dict[str, Any] = {
             "family": fields["model_type"],
             "dtype": fields["dtype"],

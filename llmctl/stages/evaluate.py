@@ -30,7 +30,7 @@ from llmctl.stages.text import (
     scored_length,
     tell,
 )
-from llmctl.talk import Talk
+from llmctl.talk import Talk, rows_told
 from llmctl.tokenizer.choose import OWN, choose_template
 
 
@@ -58,7 +58,7 @@ def run(recipe: EvalRecipe, talk: Talk) -> dict[str, Any]:
     pieces = cut(shards.doc_start, length, "split", shards.where)
     tell(shards, pieces, length, talk)
     text = TextRows(shards, pieces, pack(pieces.length, length), length)
-    return score_rows(model, text, tokenizer, compute, settings.batch_size, settings.max_rows).figures()
+    return score_rows(model, text, tokenizer, compute, settings.batch_size, settings.max_rows, talk).figures()
 
 
 def _answers(
@@ -81,9 +81,12 @@ def _answers(
     rows = read_rows(settings.data, data, tokenizer, length, talk)
     pad = pad_id_of(tokenizer)
     batches = eval_batches(rows.laid, batch_size=settings.batch_size, pad_id=pad, max_rows=settings.max_rows)
-    figures = score(model, batches, 0.0, compute).figures()
+    count = min(len(rows.laid.rows), settings.max_rows or len(rows.laid.rows))
+    figures = score(model, rows_told(batches, count, "scoring", talk), 0.0, compute).figures()
     found: dict[str, Any] = {name: figures[name] for name in ("loss", "perplexity", "tokens")}
-    matches = exact_matches(model, rows.prompts(settings.max_rows), compute, settings.batch_size)
+    prompts = rows.prompts(settings.max_rows)
+    with talk.bar("exact completion", len(prompts), "answers") as bar:
+        matches = exact_matches(model, prompts, compute, settings.batch_size, bar.advance)
     if matches:
         low, high = share_interval(sum(matches), len(matches))
         share = sum(matches) / len(matches)

@@ -92,7 +92,8 @@ def run(recipe: MergeRecipe, talk: Talk, accept: bool = False) -> RunResult:
     use_threads(settings.threads, "compare.threads", compute.device, talk)
     tokenizer = open_tokenizer(str(folder))
     rows = shared_rows(str(folder), str(folder), settings, talk)
-    adapted = open_model(folder, compute.dtype, compute.device)
+    with talk.bar("loading", None, ""):
+        adapted = open_model(folder, compute.dtype, compute.device)
     job = _Merge(folder, recipe, rows, compute, talk)
     effect = _effect(job, adapted)
     talk.say(f"the adapter moves its base by {effect:.4g} nats per token")
@@ -124,11 +125,14 @@ def _write_and_prove(
     found: dict[str, Any],
     target: Path,
 ) -> None:
-    model = open_folded(job.folder, torch.float32)
+    with job.talk.bar("folding", None, ""):
+        model = open_folded(job.folder, torch.float32)
     model.config.eos_token_id = model.generation_config.eos_token_id
-    save_model(model.to(DTYPES.get(job.recipe.dtype) or stored_dtype(job.folder)), target)
+    with job.talk.bar("writing", None, ""):
+        save_model(model.to(DTYPES.get(job.recipe.dtype) or stored_dtype(job.folder)), target)
     tokenizer.save_pretrained(target)
-    written = open_model(target, job.compute.dtype, job.compute.device)
+    with job.talk.bar("reading back", None, ""):
+        written = open_model(target, job.compute.dtype, job.compute.device)
     found |= job.compare(adapted, written, job.recipe.compare, rounded_dtype(job.folder, target))
     bounds = job.recipe.compare
     allowed = faithful_kl(found) if bounds.max_kl is None else bounds.max_kl

@@ -36,7 +36,7 @@ from llmctl.stages.gate import kept_hint, out_of_bounds, refuse_drift, say_accep
 from llmctl.stages.receipt import Receipt, card
 from llmctl.stages.rows import TalkRows, read_rows, talk_rows
 from llmctl.stages.text import fitting_tokenizer, pad_id_of, parent
-from llmctl.talk import Talk
+from llmctl.talk import Talk, rows_told
 from llmctl.tokenizer.choose import OWN, choose_template
 from llmctl.tokenizer.load import fingerprint
 from llmctl.tokenizer.template import stop_ids, template_hash
@@ -75,7 +75,8 @@ def run(recipe: QuantizeRecipe, talk: Talk, accept: bool = False) -> RunResult:
     _refuse_no_data(recipe)
     device, tokenizer = pick_device(recipe.device), fitting_tokenizer(recipe.base)
     use_threads(recipe.quantize.threads, "quantize.threads", device, talk)
-    model = open_folded(folder, torch.float32, device)
+    with talk.bar("loading", None, ""):
+        model = open_folded(folder, torch.float32, device)
     choice = choose_template(tokenizer, OWN)
     if choice.said:
         talk.say(choice.said)
@@ -213,13 +214,17 @@ def _int8(
     energies: Mapping[str, torch.Tensor] = {}
     if by is not None:
         batches = _calibration(by, settings, pad)
-        energies = input_energies(model, batches[: -(-ENERGY_TOKENS // batches[0]["input_ids"].numel())])
+        few = batches[: -(-ENERGY_TOKENS // batches[0]["input_ids"].numel())]
+        rows = sum(len(batch["input_ids"]) for batch in few)
+        energies = input_energies(model, rows_told(few, rows, "calibrating", talk))
     found = {}
-    for leaf in leaves(model):
-        if leaf.kind == "linear":
+    linear = [leaf for leaf in leaves(model) if leaf.kind == "linear"]
+    with talk.bar("quantizing", len(linear), "layers") as bar:
+        for leaf in linear:
             weight = leaf.module.weight
             found[leaf.name] = absmax(weight.detach(), settings.bits, settings.group, energies.get(leaf.name))
             weight.data.copy_(found[leaf.name].dequantize())
+            bar.advance()
     return found
 
 
@@ -250,7 +255,8 @@ def _write_and_measure(
     scheme = Scheme(settings.bits, settings.group, settings.symmetric)
     model.config.eos_token_id = model.generation_config.eos_token_id
     intended = [parameter.data for parameter in model.parameters()]
-    save_quantized(model.to("cpu", stored_dtype(job.folder)), matrices, scheme, target)
+    with job.talk.bar("writing", None, ""):
+        save_quantized(model.to("cpu", stored_dtype(job.folder)), matrices, scheme, target)
     for parameter, value in zip(model.parameters(), intended, strict=True):
         parameter.data = value  # as before it was rounded for the file
     job.tokenizer.save_pretrained(target)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from llmctl.engine.speed import decoding_speeds
+from llmctl.engine.speed import ROUNDS, decoding_speeds
 from llmctl.kernels.device import Compute
 from llmctl.kernels.quantized import Quantized
 from llmctl.model import LlmctlForCausalLM, leaves
@@ -76,7 +76,8 @@ class Receipt:
         `held_together` finds; path says how quantized layers compute. Against the intended model: written_kl,
         and in `failed` whether it is more than rounding explains.
         """
-        after = load_for_generation(str(target), self.recipe.device, "auto", "device")
+        with self.talk.bar("reading back", None, ""):
+            after = load_for_generation(str(target), self.recipe.device, "auto", "device")
         compute = Compute(after.device, torch.float32)  # the weights' own precision, without autocast
         written = self._compared(intended.to(after.device), after, compute, WRITTEN)
         before = open_folded(self.folder, torch.float32, after.device)
@@ -84,7 +85,8 @@ class Receipt:
         del before
         plain = load_for_generation(str(self.folder), self.recipe.device, "auto", "device")
         prompt, tokens = _decoded(self.held, after, self.recipe.compare.speed_tokens)
-        speeds = decoding_speeds((plain, after), prompt, tokens)
+        with self.talk.bar("measuring speed", 2 * ROUNDS * tokens, "tokens") as bar:
+            speeds = decoding_speeds((plain, after), prompt, tokens, bar.advance)
         drift = out_of_bounds(written, FAITHFUL_TOP1, faithful_kl(written))
         return {
             "perplexity_before": found.pop("perplexity_a"),

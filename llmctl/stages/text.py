@@ -23,7 +23,7 @@ from llmctl.model.open import base_of, open_config
 from llmctl.recipe.model import ModelSection
 from llmctl.recipe.schema import DataSection, TrainSection
 from llmctl.runs import Parent, folder_hash, run_of
-from llmctl.talk import Talk
+from llmctl.talk import SILENT, Talk, rows_told
 from llmctl.tokenizer.load import FILES, TOKENIZER, encode_batch, fingerprint, load_tokenizer
 from llmctl.tokenizer.template import template_hash
 
@@ -249,11 +249,13 @@ def score_rows(
     compute: Compute,
     batch_size: int,
     max_rows: int | None = None,
+    talk: Talk = SILENT,
 ) -> Score:
     """Score a model on rows; every document's tokens are predicted from that document alone."""
     laid = replace(text.laid, ended=None if tokenizer.eos_token_id is None else text.ended)
     batches = eval_batches(laid, batch_size=batch_size, pad_id=pad_id_of(tokenizer), max_rows=max_rows)
-    return score(model, batches, text.bytes(max_rows), compute)
+    rows = min(len(laid.rows), max_rows or len(laid.rows))
+    return score(model, rows_told(batches, rows, "scoring", talk), text.bytes(max_rows), compute)
 
 
 def completion_pairs(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import TypeVar
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.errors import UserError
-from llmctl.talk import SILENT, Talk
+from llmctl.talk import SILENT, Bar, Talk
 from llmctl.tokenizer.kinds import BOS, EOS, PAD, TURN_END, TURN_START, UNKNOWN, kind_named
 from llmctl.tokenizer.template import CHATML
 
@@ -37,7 +38,7 @@ def train_tokenizer(
     chosen = kind_named(kind, vocab_size, min_frequency)
     seen = _Seen()
     learned = _obeying_ctrl_c(
-        lambda stop: chosen.learn(_batches(texts, seen, stop), vocab_size, min_frequency)
+        lambda stop: chosen.learn(_batches(texts, seen, stop), vocab_size, min_frequency), seen, talk
     )
     size = learned.tokenizer.get_vocab_size()
     if size < vocab_size:
@@ -64,9 +65,10 @@ def wrap(tokenizer: Tokenizer, chat_template: str | None) -> PreTrainedTokenizer
 
 
 class _Seen:
-    """How much text went by."""
+    """How much text went by, and whether that was all."""
 
     characters = 0
+    all = False
 
 
 class _Stopped(Exception):
@@ -86,10 +88,11 @@ def _batches(texts: Iterator[str], seen: _Seen, stop: threading.Event) -> Iterat
     if seen.characters == 0:
         raise UserError("there is no text to learn a tokenizer from", "name files with text in them")
     yield batch
+    seen.all = True
 
 
-def _obeying_ctrl_c(work: Callable[[threading.Event], Result]) -> Result:
-    """Run `work` in a thread and wait for it.
+def _obeying_ctrl_c(work: Callable[[threading.Event], Result], seen: _Seen, talk: Talk) -> Result:
+    """Run `work` in a thread and wait for it, with a bar once all text was read.
 
     The library learns merges in one long call during which Python handles no signal. In the main
     thread that would make Ctrl-C wait for minutes; a waiting main thread hears it at once. The
@@ -109,8 +112,13 @@ def _obeying_ctrl_c(work: Callable[[threading.Event], Result]) -> Result:
 
     threading.Thread(target=run, daemon=True, name="tokenizer training").start()
     try:
-        while not done.wait(timeout=0.1):  # in slices: Windows would not hear Ctrl-C
-            pass
+        with ExitStack() as stack:
+            bar: Bar | None = None
+            while not done.wait(timeout=0.1):  # in slices: Windows would not hear Ctrl-C
+                if seen.all and bar is None:
+                    bar = stack.enter_context(talk.bar("learning the vocabulary", None, ""))
+                if bar is not None:
+                    bar.advance(0)
     except BaseException:
         stop.set()
         raise

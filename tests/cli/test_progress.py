@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from llmctl.cli.progress import LiveTalk, Pace, PlainTalk, make_talk
+from llmctl.talk import rows_told
 
 
 class Clock:
@@ -173,3 +174,25 @@ def test_a_terminal_gets_a_live_line_and_stdout_stays_clean() -> None:
     assert out == b"data\n"
     assert "50/100 steps" in drawn.decode()
     assert "[bold]half way[/bold]" in drawn.decode(), "text is not markup"
+
+
+def test_work_that_cannot_be_counted_shows_how_long_it_lasts() -> None:
+    log, clock = io.StringIO(), Clock()
+    talk = PlainTalk(log, clock)
+    with talk.bar("folding", None, "") as bar:
+        clock.now += 7
+        bar.advance(0)
+        clock.now += 60
+    assert log.getvalue().splitlines() == ["folding: 0:07", "folding: 1:07"]
+
+
+def test_rows_are_told_with_what_is_left() -> None:
+    log, clock = io.StringIO(), Clock()
+    talk = PlainTalk(log, clock)
+    for _ in rows_told([{"input_ids": [0, 0]}] * 4, 8, "scoring", talk):
+        clock.now += 4
+    assert log.getvalue().splitlines() == [
+        "scoring: 4/8 rows · 0.5 rows/s · 0:08 left",
+        "scoring: 8/8 rows · 0.5 rows/s",
+        "scoring: 8 rows in 0:16 · 0.5 rows/s",
+    ]
