@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,13 @@ TUNE = {
 
 # stage -> parameter of the command -> recipe field
 FLAGS: dict[str, dict[str, str]] = {
-    "quickstart": {"out": "out", "seed": "train.seed", "device": "device"},
+    "quickstart": {
+        "out": "out",
+        "seed": "train.seed",
+        "device": "device",
+        "model": "base",
+        "columns": "data.columns",
+    },
     "tokenizer": {"kind": "kind", "vocab_size": "vocab_size", "out": "out"},
     "pretrain": {
         "tokenizer": "tokenizer",
@@ -113,6 +120,32 @@ def given(ctx: typer.Context, stage: str) -> dict[str, Any]:
         field: list(value) or None if isinstance(value, (list, tuple)) else value
         for field, value in values.items()
     }
+
+
+def command_line(stage: str, fields: Mapping[str, Any]) -> str:
+    """The command that sets these fields of a stage, as a shell takes it; None is a field that is not set."""
+    flags = {field: option for option, field in FLAGS[stage].items()}
+    words = ["llmctl", stage] + ([str(fields["base"])] if fields.get("base") else [])
+    for field, value in fields.items():
+        if value is None or field == "base":
+            continue
+        if field == "method":
+            words.append(f"--{value}")
+        elif field not in flags:
+            words.append(f"{field}={_written(value)}")
+        else:
+            option = f"--{flags[field].replace('_', '-')}"
+            values = value if isinstance(value, list) else [value]
+            for one in values:
+                words += [option] if one is True else [option, _written(one)]
+    return shlex.join(words)
+
+
+def _written(value: Any) -> str:
+    """A value as a word of the command line."""
+    if isinstance(value, dict):
+        return ",".join(f"{role}={column}" for role, column in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # command of two words -> the stage whose fields it takes

@@ -54,8 +54,8 @@ class Step:
         """The stage as manifests name it."""
         return str(self.kind.model_fields["stage"].default)
 
-    def recipe(self, name: str, folder: Path, seed: int | None, device: str | None) -> Any:
-        """The checked recipe of the step called `name` in a quickstart's folder. Raises UserError."""
+    def flags(self, name: str, folder: Path, seed: int | None, device: str | None) -> dict[str, Any]:
+        """Field -> value of the step called `name` in a quickstart's folder; None where nothing is set."""
         flags: dict[str, Any] = {"out": str(folder / name), **self.fields}
         if "device" in self.kind.model_fields:
             flags["device"] = device
@@ -63,7 +63,11 @@ class Step:
             flags["train.seed"] = seed
         if self.made_from is not None:
             flags[self.into] = str(folder / self.made_from)
-        return load_recipe(self.kind, self.shipped, flags, [])
+        return flags
+
+    def recipe(self, name: str, folder: Path, seed: int | None, device: str | None) -> Any:
+        """The checked recipe of the step called `name` in a quickstart's folder. Raises UserError."""
+        return load_recipe(self.kind, self.shipped, self.flags(name, folder, seed, device), [])
 
 
 def measured(step: Step, result: RunResult, device: str | None, talk: Talk) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from llmctl.stages.lifecycle import STEPS, Step, changed, measured
 from llmctl.talk import SILENT, Bar, Talk
 
 RECORD = "quickstart.json"
+PLAN = "plan.json"  # of a quickstart on a user's own data, see `own.py`
 
 
 def run(out: str | None, seed: int | None, device: str | None, talk: Talk) -> dict[str, Any]:
@@ -54,10 +55,10 @@ def run(out: str | None, seed: int | None, device: str | None, talk: Talk) -> di
     try:
         for left in folder.glob(".tmp-*"):  # a killed stage's, and nobody else is writing now
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        record = _Record.read(folder / RECORD)
+        record = Record.read(folder / RECORD)
         for number, name in enumerate(STEPS, 1):
             talk.say(f"step {number} of {len(STEPS)}: {name}")
-            _do(name, folder / name, recipes[name], record, device, _Numbered(talk, number, name))
+            _do(name, folder / name, recipes[name], record, device, Numbered(talk, number, len(STEPS), name))
     finally:
         lock.release()
     model = folder / list(STEPS)[-1]
@@ -86,13 +87,15 @@ def _refuse_foreign(folder: Path) -> None:
         raise UserError(f"{folder}: is a file, but --out names a folder", "choose another name")
     with disk_errors(folder):
         names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if PLAN in names:
+        raise UserError(f"{folder}: holds a quickstart on data of one's own", "choose another --out")
     strange = sorted(name for name in names - {*STEPS, LOCK} if not name.startswith(".tmp-"))
     if strange and RECORD not in names:
         raise UserError(f"{folder}: the folder holds something else ({strange[0]})", "choose another --out")
 
 
 @dataclass
-class _Record:
+class Record:
     """What is known of the steps so far; written after each.
 
     Attributes:
@@ -107,7 +110,7 @@ class _Record:
     peak: int = 0
 
     @classmethod
-    def read(cls, file: Path) -> _Record:
+    def read(cls, file: Path) -> Record:
         """What the file holds, or nothing yet."""
         if not file.is_file():
             return cls(file)
@@ -120,12 +123,12 @@ class _Record:
         write_json(self.file, {"rows": self.rows, "spent": self.spent, "peak": self.peak})
 
 
-def _do(name: str, out: Path, recipe: Any, record: _Record, device: str | None, talk: Talk) -> None:
+def _do(name: str, out: Path, recipe: Any, record: Record, device: str | None, talk: Talk) -> None:
     """Make a step, or keep it, and measure it unless that was done."""
     step, started = STEPS[name], time.perf_counter()
-    done_before = _clear(step, out, talk)
+    done_before = clear_unfinished(step, out, talk)
     try:
-        result = _made(step, out, recipe, done_before, talk)
+        result = make(step, out, recipe, done_before, talk)
     except Interrupted as error:
         raise Interrupted(error.message, "run the same command again to go on") from None
     finally:
@@ -144,7 +147,8 @@ def _do(name: str, out: Path, recipe: Any, record: _Record, device: str | None, 
     record.write()
 
 
-def _made(step: Step, out: Path, recipe: Any, done_before: bool, talk: Talk) -> RunResult:
+def make(step: Step, out: Path, recipe: Any, done_before: bool, talk: Talk) -> RunResult:
+    """The result of a step: kept if it was done before, resumed if it trains, else made."""
     if step.trains:
         return step.run(recipe, talk, resume=out.exists())  # the stage knows a finished run, and whose it is
     if done_before:
@@ -153,7 +157,7 @@ def _made(step: Step, out: Path, recipe: Any, done_before: bool, talk: Talk) -> 
     return step.run(recipe, talk)
 
 
-def _clear(step: Step, out: Path, talk: Talk) -> bool:
+def clear_unfinished(step: Step, out: Path, talk: Talk) -> bool:
     """Delete a run that can be neither kept nor resumed; True for one that is done and is kept.
 
     Raises UserError if what lies there is not a run of this step, or is in use.
@@ -166,7 +170,7 @@ def _clear(step: Step, out: Path, talk: Talk) -> bool:
         raise UserError(
             f"{out}: holds a `{manifest['stage']}` run, not `{step.stage}`", "choose another --out"
         )
-    stale = _is_stale(step, out, manifest)
+    stale = is_stale(step, out, manifest)
     done = manifest.get("status") == "done"
     if not stale and (done or step.trains):
         return done
@@ -179,7 +183,7 @@ def _clear(step: Step, out: Path, talk: Talk) -> bool:
     return False
 
 
-def _is_stale(step: Step, out: Path, manifest: Mapping[str, Any]) -> bool:
+def is_stale(step: Step, out: Path, manifest: Mapping[str, Any]) -> bool:
     """Whether what a run was made from has changed since."""
     if step.made_from is None or "parents" not in manifest:
         return False
@@ -200,11 +204,11 @@ def _peak_memory() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-class _Numbered:
+class Numbered:
     """A talk whose bars say which step they belong to."""
 
-    def __init__(self, talk: Talk, number: int, name: str) -> None:
-        self._talk, self._before = talk, f"{number}/{len(STEPS)} {name}"
+    def __init__(self, talk: Talk, number: int, count: int, name: str) -> None:
+        self._talk, self._before = talk, f"{number}/{count} {name}"
 
     def say(self, text: str) -> None:
         """One line, as it is."""
