@@ -16,8 +16,25 @@ from pathlib import Path
 
 SEED = 0
 TRAIN, HELD_OUT, PAIRS = 400, 60, 200
-NAMES = "Ada Ben Chen Dora Emil Fatima Goran Hana Ivo Jun Kemal Lena Mei Nadia Omar Petra".split()
-THINGS = "apples books coins pencils shells stamps marbles buttons".split()
+NAMES = [
+    "Ada",
+    "Ben",
+    "Chen",
+    "Dora",
+    "Emil",
+    "Fatima",
+    "Goran",
+    "Hana",
+    "Ivo",
+    "Jun",
+    "Kemal",
+    "Lena",
+    "Mei",
+    "Nadia",
+    "Omar",
+    "Petra",
+]
+THINGS = ["apples", "books", "coins", "pencils", "shells", "stamps", "marbles", "buttons"]
 Row = dict[str, str]
 
 
@@ -76,7 +93,7 @@ def number(answer: str) -> int | None:
 
 def make(folder: Path) -> None:
     """Write the three files. The same on every machine."""
-    dice = random.Random(SEED)  # noqa: S311: data, not secrets
+    dice = random.Random(SEED)  # noqa: S311
     rows = problems(dice)
     train, held = ([next(rows) for _ in range(count)] for count in (TRAIN, HELD_OUT))
     files = {"answers": train, "heldout": held, "pairs": [pair(row, dice) for row in train[:PAIRS]]}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from llmctl.engine.generate import generate
 from llmctl.engine.sampling import likeliest
+from llmctl.errors import Interrupted
 from llmctl.evaluate.intervals import share_interval
 from llmctl.kernels.device import pick_device
 from llmctl.kernels.threads import use_threads
@@ -24,7 +26,7 @@ from llmctl.stages import evaluate, sft
 from llmctl.stages.generate import end_ids, load_for_generation
 from llmctl.stages.rows import read_rows
 from llmctl.stages.text import fitting_tokenizer
-from llmctl.talk import SILENT, Talk
+from llmctl.talk import SILENT, Bar, Talk
 from llmctl.tokenizer.choose import OWN, choose_template
 
 ASKED = 12  # held-out questions that a model answers, to see whether it stops
@@ -52,7 +54,8 @@ def measure(
     found: dict[str, Any] = dict.fromkeys(FIGURES)
     found["size_bytes"] = sum(file.stat().st_size for file in locate(where, FILES).glob(WEIGHTS))
     flags = {"base": where, "device": device, "eval.data": data, "eval.answers": True}
-    figures = evaluate.run(load_recipe(EvalRecipe, None, flags | {"eval.columns": dict(columns)}, []), talk)
+    recipe = load_recipe(EvalRecipe, None, flags | {"eval.columns": dict(columns)}, [])
+    figures = evaluate.run(recipe, _OnlyBars(talk))  # the data is that of every other model
     found |= {name: figures[name] for name in FIGURES if name in figures}
     return found | _answers(where, data, columns, device, talk)
 
@@ -85,6 +88,20 @@ def _answers(
     return {"asked": len(prompts), **rate, "said": said.strip()}
 
 
+class _OnlyBars:
+    """A talk without its lines."""
+
+    def __init__(self, talk: Talk) -> None:
+        self._talk = talk
+
+    def say(self, text: str) -> None:
+        return
+
+    def bar(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Bar]:
+        """As it is."""
+        return self._talk.bar(label, total, unit)
+
+
 def seconds_per_token(fields: Mapping[str, Any], talk: Talk) -> float:
     """The time that a training step takes for a token here and now: a few steps of `sft`, thrown away.
 
@@ -108,7 +125,12 @@ def seconds_per_token(fields: Mapping[str, Any], talk: Talk) -> float:
     }
     with tempfile.TemporaryDirectory(prefix="llmctl-") as folder:
         out = Path(folder) / "trial"
-        sft.run(load_recipe(SftRecipe, None, {**fields, **trial, "out": str(out)}, []), SILENT)
+        try:
+            sft.run(load_recipe(SftRecipe, None, {**fields, **trial, "out": str(out)}, []), SILENT)
+        except Interrupted:
+            raise Interrupted(
+                "interrupted before anything was written", "run the same command again"
+            ) from None
         rows = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     return 1 / max(*speeds[1:], 1e-9) if len(speeds) > 1 else 1 / speeds[0]

@@ -8,11 +8,11 @@ from typing import Any
 
 LENGTH_STEP = 64  # a row's tokens are a multiple of that
 SHORTEST_ROW = 128
-# A step takes a hundredth of all tokens, so that there are about a hundred steps, but at least a few rows and at most
-# what is usual for large data.
-STEPS, FEWEST_TOKENS, MOST_TOKENS = 100, 512, 16384
+# A step takes a hundredth of all tokens that are trained on, so that there are about a hundred steps, but at least a few
+# rows and at most what is usual for large data.
+STEPS, FEWEST_TOKENS, MOST_TOKENS = 100, 256, 16384
 IN_MEMORY = {"cpu": 2048, "cuda": 16384, "mps": 4096}  # tokens of one forward and backward pass
-EPOCHS = ((2_000, 3.0), (20_000, 2.0))  # rows below which data is read so many times; above, once
+EPOCHS = ((200, 5.0), (2_000, 3.0), (20_000, 2.0))  # rows below which data is read so many times; above, once
 RANKS = (
     (100_000, 8),
     (2_000_000, 16),
@@ -166,7 +166,7 @@ def lines(sizes: Sizes, settings: Settings, minutes: float | None) -> list[str]:
         + (f", cut at the model's limit of {sizes.limit:,}" if sizes.longest > sizes.limit else "")
         + "; shorter ones are packed together",
         f"a step takes {settings.batch * settings.accumulation:,} packed rows"
-        f" ({settings.batch} at a time x {settings.accumulation}): about {STEPS} steps for small data",
+        f" ({settings.batch} at a time x {settings.accumulation}), so that small data makes up to {STEPS} steps",
         _sft_steps(sizes, settings, minutes),
         f"lora.r {settings.rank}: {sizes.trained_tokens:,} tokens of answers; the learning rate of sft is the recipe's",
     ]
