@@ -7,7 +7,6 @@ field's own description, and it has no default, so an unset flag leaves the reci
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,6 +144,8 @@ def other_name(name: str, args: list[str]) -> str | None:
 
 def _value_after(name: str, args: list[str]) -> str | None:
     """The value that was given to an option: `--name VALUE` or `--name=VALUE`."""
+    import shlex  # takes milliseconds, of which every start would pay
+
     for word, following in zip(args, [*args[1:], "-"], strict=True):
         if word.startswith(f"{name}="):
             return shlex.quote(word.partition("=")[2])
