@@ -13,6 +13,7 @@ from llmctl.cli.options import (
     flag,
     given,
     one_model,
+    refuse_no_run,
     saved_recipe,
     split_words,
 )
@@ -263,6 +264,8 @@ def checked(
     found = load_recipe(kind, recipe, flags, overrides)
     if resume and found.out is None:
         raise UsageError("--resume does not say which run to go on with", "name its folder with --out DIR")
+    if resume and recipe is None:
+        refuse_no_run(found.out, found.data.train)
     if found.base is None:
         raise UsageError("missing argument MODEL", MODEL)
     return found
