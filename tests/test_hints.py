@@ -13,6 +13,7 @@ import typer
 from llmctl.cli.main import app
 from llmctl.cli.options import FLAGS
 from llmctl.errors import UserError, named_in
+from llmctl.recipe.columns import ROLES
 from llmctl.recipe.load import dotted_fields
 from llmctl.recipe.schema import RECIPES
 from tests.program import Program
@@ -22,8 +23,8 @@ ERRORS = {"UserError", "UsageError", "CheckFailed", "Interrupted", "Bad", "Mista
 FIELDS = {stage: set(dotted_fields(kind)) for stage, kind in RECIPES.items()}
 SECTIONS = {field.partition(".")[0] for fields in FIELDS.values() for field in fields if "." in field}
 OF_MODULE = {"evaluate": "eval"} | {stage: stage for stage in RECIPES}
-# flags of other programs
-FOREIGN = {"-f", "-t"}
+# fields of the stage that made what this one was given
+ELSEWHERE = {"merge": {"train.learning_rate"}}
 
 
 def hints() -> Iterator[tuple[Path, int, str]]:
@@ -111,10 +112,10 @@ def test_every_field_in_a_hint_exists() -> None:
                 continue
             seen += 1
             stages = [stage] if stage else list(RECIPES)
-            known = set().union(*(FIELDS[one] for one in stages))
+            known = set().union(*(FIELDS[one] for one in stages)) | ELSEWHERE.get(stage or "", set())
             assert field in known, f"{path}:{line}: {field}"
         for field in re.findall(r"(?<![\w.])([a-z_]+)=[a-zA-Z0-9]", text):
-            top = set().union(*FIELDS.values()) | {"prompt", "response", "text"}
+            top = set().union(*FIELDS.values(), ROLES)
             assert field in top or path.name in ("text.py", "adapter_fit.py"), f"{path}:{line}: {field}="
     assert seen > 25
 
