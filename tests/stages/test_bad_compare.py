@@ -230,7 +230,7 @@ EVAL = {
         "eval base --answers --data x.jsonl",
         "no record is left to train on (read 1 record, kept 0; "
         "dropped 1: nothing of an answer is within 64 tokens (x.jsonl:1))",
-        "raise data.max_length (up to the context of the model), or give other data",
+        "raise eval.max_length (up to the context of the model), or give other data",
         file("x.jsonl", json.dumps({"instruction": "word " * 90, "output": "a"}) + "\n"),
     ),
     "no model": Bad("eval --answers --data talks.jsonl", "missing argument MODEL", MODEL, code=2),
