@@ -6,6 +6,9 @@ turns a `UserError` into words on a terminal.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 EXIT_OK = 0
 EXIT_USER_ERROR = 1
 EXIT_USAGE = 2
@@ -29,6 +32,35 @@ class UserError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+
+@contextmanager
+def named_in(section: str, names: dict[str, str] | None = None) -> Iterator[None]:
+    """What readers and encoders say of the `data` section, in the words of a command that has none.
+
+    Args:
+        section: the section that holds `text_field` and `max_length` there.
+        names: further replacements.
+    """
+    try:
+        yield
+    except UserError as error:
+        table = {f"data.{field}": f"{section}.{field}" for field in ("text_field", "max_length", "columns")}
+        table |= dict.fromkeys(TEMPLATE_FLAG, OTHER_TEMPLATE) | (names or {})
+        for words, ours in sorted(table.items(), key=lambda pair: -len(pair[0])):
+            error.message = error.message.replace(words, ours)
+            error.hint = error.hint.replace(words, ours) if error.hint else None
+        raise
+
+
+# how the stages that train are told of another template, and what there is to do where a model is used as it is
+TEMPLATE_FLAG = (
+    "choose another template with --template, as --template chatml",
+    "choose another template with --template",
+    "choose another one with --template",
+    "choose another with --template",
+)
+OTHER_TEMPLATE = "put another chat template beside its tokenizer"
 
 
 class UsageError(UserError):

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from llmctl.errors import UserError
+from llmctl.folders import refuse_other_folder
+from llmctl.runs import RUNS
 
 HUB_SECONDS = 10  # how long to wait for the hub's first word
 
@@ -19,16 +21,20 @@ def locate(where: str, files: list[str], what: str = "model") -> Path:
         files: globs of what is downloaded from the hub, if it comes to that.
         what: what the folder should hold, for the messages: "model", "tokenizer".
 
-    Raises UserError: no such folder, a file where a folder belongs, or a hub that cannot be reached,
+    Raises UserError: no such folder (and whether it lies in `runs/`), a folder of something else, a file where a folder belongs, or a hub that cannot be reached,
     does not know the name or asks for a login.
     """
     path = Path(where).expanduser()
     if path.is_dir():
+        if what == "model":
+            refuse_other_folder(path)
         return path
     if path.exists():
         raise UserError(f"{path}: is a file, but a {what} is a folder", "name the folder it lies in")
     if path.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1 or not where:
         raise UserError(f"{where}: no such folder", f"name a folder with a {what}, or a hub id")
+    if "/" not in where and (RUNS / where).is_dir():
+        raise UserError(f"{where}: no such folder", f"did you mean `{RUNS / where}`?")
     return download(where, files, "model", f"name a folder with a {what}, or a hub id")
 
 

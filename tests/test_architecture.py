@@ -24,7 +24,9 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {"files", "versions"},
     {"lock"},
-    {"talk", "runs", "locate", "report"},
+    {"talk", "runs", "report"},
+    {"folders"},
+    {"locate"},
     {"recipe"},
     {"kernels"},
     {"model"},
@@ -39,7 +41,7 @@ LAYERS: list[set[str]] = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # These stay importable in a fraction of a second, function bodies included.
-LIGHT = {"errors", "files", "lock", "talk", "runs", "locate", "report", "recipe", "versions"}
+LIGHT = {"errors", "files", "folders", "lock", "talk", "runs", "locate", "report", "recipe", "versions"}
 HEAVY = {"torch", "transformers", "tokenizers", "datasets", "peft", "trl", "accelerate", "numpy", "pyarrow"}
 
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8

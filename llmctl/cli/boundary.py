@@ -118,8 +118,7 @@ def _unknown_option(match: re.Match[str], args: list[str]) -> tuple[str, str | N
     name, suggested = match[1], re.findall(r"--?[\w-]+", match[2] or "")
     if hint := other_name(name, args):
         return f"no such option: {name}", hint
-    bare = nearest(name.lstrip("-"), [option.lstrip("-") for option in suggested])
-    close = next((option for option in suggested if option.lstrip("-") == bare), None)
+    close = nearest(name, [option for option in suggested if option != "--help" or name.startswith("--h")])
     return f"no such option: {name}", f"did you mean `{close}`?" if close else None
 
 

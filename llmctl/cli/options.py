@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmctl.errors import UsageError
+from llmctl.errors import UsageError, UserError
 from llmctl.recipe.words import WORDS
 
 # of the stages that adapt a model
@@ -178,6 +178,8 @@ def other_name(name: str, args: list[str]) -> str | None:
 
 def _value_after(name: str, args: list[str]) -> str | None:
     """The value that was given to an option: `--name VALUE` or `--name=VALUE`."""
+    import shlex  # takes milliseconds, of which every start would pay
+
     for word, following in zip(args, [*args[1:], "-"], strict=True):
         if word.startswith(f"{name}="):
             return shlex.quote(word.partition("=")[2])
@@ -213,6 +215,14 @@ def one_model(plain: list[str]) -> str | None:
             "one MODEL at most; repeat --data for each file, or quote a pattern: --data '*.txt'",
         )
     return plain[0] if plain else None
+
+
+def refuse_no_run(out: str | None, data: list[str]) -> None:
+    """Raise UserError for a run to be resumed that is not there, unless the command line says enough to begin it."""
+    if out is not None and not data:
+        raise UserError(
+            f"{out}: no run there to go on with", "see `llmctl runs list`, or leave out --resume to begin"
+        )
 
 
 def saved_recipe(out: str | None, overrides: list[str]) -> str | None:

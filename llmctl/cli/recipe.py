@@ -66,18 +66,28 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", hidden=True)], as_j
         print(annotated(recipe, columns, every), end="")
 
 
-def check(files: Annotated[list[str], typer.Argument(metavar="FILE", hidden=True)]) -> None:
-    """Check recipe files without running them.
+def check(
+    files: Annotated[list[str], typer.Argument(metavar="FILE", hidden=True)],
+    no_files: Annotated[
+        bool, typer.Option("--no-files", help="leave out whether the files and folders it names are there")
+    ] = False,
+) -> None:
+    """Check recipe files without running them, and that what they name is there.
 
-    All are checked; exit code 1 if one is wrong."""
+    Data, base, tokenizer and template, from the folder you are in; ids of the hub are not looked up. All are
+    checked; exit code 1 if one is wrong."""
     from llmctl.recipe.load import check_file
+    from llmctl.recipe.named import refuse_missing
     from llmctl.recipe.shipped import find_recipe
 
     wrong = 0
     for file in files:
         try:
             path = find_recipe(file)
-            print(f"{path}: ok ({check_file(path).stage_name})")
+            recipe = check_file(path)
+            if not no_files:
+                refuse_missing(recipe, path)
+            print(f"{path}: ok ({recipe.stage_name})")
         except UserError as error:
             wrong += 1
             report(error)

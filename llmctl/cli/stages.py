@@ -18,6 +18,7 @@ from llmctl.cli.options import (
     flag,
     given,
     one_model,
+    refuse_no_run,
     saved_recipe,
     split_words,
 )
@@ -59,6 +60,8 @@ def pretrain(
     checked = load_recipe(PretrainRecipe, recipe, flags, overrides)
     if resume and checked.out is None:
         raise UsageError("--resume does not say which run to go on with", "name its folder with --out DIR")
+    if resume and recipe is None:
+        refuse_no_run(checked.out, checked.data.train)
     from llmctl.stages import pretrain as stage
 
     result = stage.run(checked, make_talk(), resume=resume, dry_run=dry_run)

@@ -13,12 +13,14 @@ from llmctl.cli.options import (
     flag,
     given,
     one_model,
+    refuse_no_run,
     saved_recipe,
     split_words,
 )
 from llmctl.cli.output import print_json, print_listing
 from llmctl.cli.progress import make_talk
 from llmctl.errors import UsageError
+from llmctl.talk import ending
 
 Accept = Annotated[bool, typer.Option("--accept", help="keep the result though its check refuses it")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with the run in --out")]
@@ -262,6 +264,8 @@ def checked(
     found = load_recipe(kind, recipe, flags, overrides)
     if resume and found.out is None:
         raise UsageError("--resume does not say which run to go on with", "name its folder with --out DIR")
+    if resume and recipe is None:
+        refuse_no_run(found.out, found.data.train)
     if found.base is None:
         raise UsageError("missing argument MODEL", MODEL)
     return found
@@ -301,5 +305,4 @@ def show_answers(answers: list[dict[str, Any]]) -> None:
 
 def _short(text: str) -> str:
     """The end of a long text, on one line: of a prompt and of an answer alike that is what matters."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= SHOWN * 2 else f"… {line[-2 * SHOWN :]}"
+    return ending(text, 2 * SHOWN)

@@ -131,7 +131,7 @@ def cut(
     if not len(pieces):
         raise UserError(
             f"no document is left to train on ({'; '.join(pieces.lines(max_length)) or 'there is none'})",
-            "raise data.max_length, set data.overlong=split, or give more data",
+            "raise data.max_length (up to the context of the model), set data.overlong=split, or give more data",
         )
     return pieces
 
@@ -158,7 +158,7 @@ def _too_long(tokens: np.ndarray, max_length: int, where: Callable[[int], str] |
     return UserError(
         f"{count:,} {verb} longer than max_length={max_length}; the longest, {place}, "
         f"has {int(tokens[longest]):,} tokens",
-        "set data.overlong to split, truncate or drop, or raise data.max_length",
+        "set data.overlong to split, truncate or drop, or raise data.max_length (up to the context of the model)",
     )
 
 

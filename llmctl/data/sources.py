@@ -58,9 +58,7 @@ def resolve(sources: Iterable[str | Path], wanted: Wanted = "text") -> list[Path
             named_by[same] = source
             found.append(item)
     if not found:
-        raise UserError(
-            "no data is named", "name files, folders, globs or builtin:NAME with --data (data.train)"
-        )
+        raise UserError("no data is named", "name files, folders, globs or builtin:NAME with --data")
     return found
 
 

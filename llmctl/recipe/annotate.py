@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -33,6 +34,32 @@ def stage_defaults(stage: str) -> StageRecipe:
     return kind.model_validate({n: {} for n, f in fields if f.default is None and section_of(f.annotation)})
 
 
+def allowed(annotation: Any) -> str:
+    """The values a field may have, for the end of its description; empty where they are no choice."""
+    choices = list(dict.fromkeys(_choices(annotation)))
+    fixed = len(choices) == 1 and not _free(annotation)  # `stage`, and the kind of a section
+    return f" ({' | '.join(choices)}{' | …' if _free(annotation) else ''})" if choices and not fixed else ""
+
+
+def _choices(annotation: Any) -> Iterator[str]:
+    """The words that stand in the Literals of a type, those of lists too."""
+    if get_origin(annotation) is Literal:
+        yield from map(str, get_args(annotation))
+        return
+    for part in get_args(annotation):
+        yield from _choices(part)
+
+
+def _free(annotation: Any) -> bool:
+    """Whether a type takes values besides those of its Literals."""
+    if get_origin(annotation) is Literal or annotation is type(None):
+        return False
+    parts = get_args(annotation)
+    if not parts:
+        return annotation in (str, int, float)
+    return any(_free(part) for part in (parts[:1] if get_origin(annotation) is Annotated else parts))
+
+
 def _lines(section: BaseModel, depth: int, width: int | None, every: bool, mark: str = "") -> Iterator[str]:
     fields = type(section).model_fields
     # `stage` says how to read the rest, so it leads
@@ -40,7 +67,7 @@ def _lines(section: BaseModel, depth: int, width: int | None, every: bool, mark:
         value = getattr(section, name)
         inside = isinstance(value, BaseModel)
         text = f"{'  ' * depth}{mark}{name}:" + ("" if inside else f" {dump_yaml(value, one_line=True)}")
-        words = [field.description] if field.description else []
+        words = [f"{field.description}{allowed(field.annotation)}"] if field.description else []
         if words and width is not None and width - COLUMN >= NARROWEST:
             # the first line has less room where the value is long
             before = " " * max(len(text), COLUMN)

@@ -82,9 +82,13 @@ def _read(path: Path, kind: type[StageRecipe]) -> dict[str, Any]:
     stage = values.get("stage", wanted)
     if stage != wanted:
         raise UserError(
-            f"{path}: this recipe is for stage `{stage}`, not `{wanted}`", f"run `llmctl {stage}`"
+            f"{path}: this recipe is for stage `{stage}`, not `{wanted}`", f"run `llmctl {_command(stage)}`"
         )
     return values
+
+
+def _command(stage: Any) -> str:
+    return "tokenizer train" if stage == "tokenizer" else str(stage)
 
 
 def _not_a_mapping(path: Path) -> UserError:

@@ -11,10 +11,6 @@ from llmctl.recipe.train import StepsSection
 
 DpoLoss = Literal["sigmoid", "ipo", "hinge", "robust"]
 
-# peak learning rates where the recipe sets none
-REWARD_RATES: dict[str, float] = {"lora": 1e-4, "qlora": 1e-4, "full": 1e-5}
-DPO_RATES: dict[str, float] = {"lora": 5e-6, "qlora": 5e-6, "full": 1e-6}
-
 
 class PreferenceTrain(StepsSection):
     """`train.*` of a stage that learns from pairs, in TRL's trainers; a row is a pair."""

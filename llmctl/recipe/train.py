@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from llmctl.recipe.base import Section, about
+from llmctl.recipe.rates import Rate
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Overlong = Literal["error", "drop", "truncate", "split"]
@@ -36,7 +37,7 @@ class StepsSection(Section):
     per_device_train_batch_size: int = about("train.per_device_train_batch_size", 16, ge=1)
     per_device_eval_batch_size: int = about("train.per_device_eval_batch_size", 16, ge=1)
     gradient_accumulation_steps: int = about("train.gradient_accumulation_steps", 1, ge=1)
-    learning_rate: float | None = about("train.learning_rate", None, gt=0)
+    learning_rate: Rate = about("train.learning_rate", "auto")
     lr_scheduler_type: Schedule = about("train.lr_scheduler_type", "cosine")
     warmup_ratio: float = about("train.warmup_ratio", 0.02, ge=0, lt=1)
     min_lr_ratio: float = about("train.min_lr_ratio", 0.1, ge=0, le=1)

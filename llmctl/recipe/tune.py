@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from llmctl.recipe.base import Mistake, Section, StageRecipe, about
 from llmctl.recipe.columns import Columns
-from llmctl.recipe.preference import DPO_RATES, REWARD_RATES, DpoSection, PreferenceTrain, RewardSection
+from llmctl.recipe.preference import DpoSection, PreferenceTrain, RewardSection
+from llmctl.recipe.rates import chosen_rate
 from llmctl.recipe.train import Device, Dtype, Overlong, StepsSection, Threads
 
 Method = Literal["lora", "qlora", "full"]
-
-# peak learning rates where the recipe sets none: an adapter takes about ten times that of full training
-SFT_RATES: dict[str, float] = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
 
 
 def _targets(value: Any) -> Any:
@@ -35,6 +33,16 @@ class LoraSection(Section):
     target_modules: Annotated[
         Literal["all-linear"] | Annotated[list[str], Field(min_length=1)], BeforeValidator(_targets)
     ] = about("lora.target_modules", "all-linear")
+
+
+T = TypeVar("T", bound=StepsSection)
+
+
+def with_rate(train: T, stage: str, method: str, parameters: int) -> T:
+    """A copy in which a learning rate of `auto` is a number."""
+    auto = train.learning_rate == "auto"
+    rate = chosen_rate(stage, method, parameters) if auto else train.learning_rate
+    return train.model_copy(update={"learning_rate": rate})
 
 
 def refuse_unused_adapter(method: Method, lora: LoraSection) -> None:
@@ -114,10 +122,9 @@ class SftRecipe(StageRecipe):
         refuse_unused_adapter(self.method, self.lora)
         return self
 
-    def resolved(self) -> SftRecipe:
-        """A copy with the learning rate filled in."""
-        rate = self.train.learning_rate or SFT_RATES[self.method]
-        return self.model_copy(update={"train": self.train.model_copy(update={"learning_rate": rate})})
+    def resolved(self, parameters: int) -> SftRecipe:
+        """A copy with the learning rate filled in, for a base of that size."""
+        return self.model_copy(update={"train": with_rate(self.train, "sft", self.method, parameters)})
 
 
 class PreferenceRecipe(StageRecipe):
@@ -136,9 +143,10 @@ class PreferenceRecipe(StageRecipe):
         refuse_unused_adapter(self.method, self.lora)
         return self
 
-    def _with_rate(self, rates: dict[str, float]) -> Self:
-        rate = self.train.learning_rate or rates[self.method]
-        return self.model_copy(update={"train": self.train.model_copy(update={"learning_rate": rate})})
+    def resolved(self, parameters: int) -> Self:
+        """A copy with the learning rate filled in, for a base of that size."""
+        train = with_rate(self.train, self.stage_name, self.method, parameters)
+        return self.model_copy(update={"train": train})
 
 
 class RewardRecipe(PreferenceRecipe):
@@ -147,20 +155,12 @@ class RewardRecipe(PreferenceRecipe):
     stage: Literal["reward"] = about("stage", "reward")
     reward: RewardSection = about("reward", RewardSection())
 
-    def resolved(self) -> RewardRecipe:
-        """A copy with the learning rate filled in."""
-        return self._with_rate(REWARD_RATES)
-
 
 class DpoRecipe(PreferenceRecipe):
     """`llmctl dpo MODEL`."""
 
     stage: Literal["dpo"] = about("stage", "dpo")
     dpo: DpoSection = about("dpo", DpoSection())
-
-    def resolved(self) -> DpoRecipe:
-        """A copy with the learning rate filled in."""
-        return self._with_rate(DPO_RATES)
 
 
 class ScoreSection(Section):

@@ -134,7 +134,7 @@ WORDS: dict[str, str] = {
     "train.per_device_train_batch_size": "rows in one forward pass",
     "train.per_device_eval_batch_size": "rows in one evaluation forward pass",
     "train.gradient_accumulation_steps": "forward passes per optimizer step",
-    "train.learning_rate": "peak learning rate",
+    "train.learning_rate": "peak learning rate; auto: by method and size of the model, see docs/sft.md",
     "train.lr_scheduler_type": "shape of the learning rate over the run",
     "train.warmup_ratio": "share of the steps spent warming up",
     "train.min_lr_ratio": "final learning rate as a share of the peak",

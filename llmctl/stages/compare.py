@@ -9,7 +9,7 @@ import torch
 from llmctl.data.batches import eval_batches
 from llmctl.engine.generate import generate
 from llmctl.engine.sampling import likeliest
-from llmctl.errors import UserError
+from llmctl.errors import UserError, named_in
 from llmctl.evaluate.parity import parity
 from llmctl.kernels.device import Compute, pick_compute
 from llmctl.kernels.threads import use_threads
@@ -49,6 +49,7 @@ def run(recipe: CompareRecipe, talk: Talk) -> dict[str, Any]:
     return found | {"allowed_kl": allowed, "failed": out_of_bounds(found, settings.min_top1, allowed)}
 
 
+@named_in("compare")
 def shared_rows(a: str, b: str, settings: CompareRows, talk: Talk) -> TalkRows:
     """The data as rows for both models. Raises UserError if they would not read the same ids."""
     one, other = (fitting_tokenizer(where) for where in (a, b))

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from llmctl.data.batches import eval_batches
 from llmctl.data.packing import cut, pack
 from llmctl.data.shards import open_shards
-from llmctl.errors import UserError
+from llmctl.errors import UserError, named_in
 from llmctl.evaluate.exact import exact_matches
 from llmctl.evaluate.intervals import share_interval
 from llmctl.evaluate.perplexity import score
@@ -34,6 +34,7 @@ from llmctl.talk import Talk
 from llmctl.tokenizer.choose import OWN, choose_template
 
 
+@named_in("eval")
 def run(recipe: EvalRecipe, talk: Talk) -> dict[str, Any]:
     """loss (nats per token), perplexity, bits_per_byte, tokens and bytes; or, of answers, see `_answers`.
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from llmctl.recipe.rates import chosen_rate, shown
+
 LENGTH_STEP = 64  # a row's tokens are a multiple of that
 SHORTEST_ROW = 128
 # A step takes a hundredth of all tokens that are trained on, so that there are about a hundred steps, but at least a few
@@ -19,8 +21,10 @@ RANKS = (
     (math.inf, 32),
 )  # trained tokens up to which a rank holds what there is to learn
 DPO_BATCH, DPO_STEPS, DPO_PER_STEP = 4, 40, 8  # pairs in memory; steps wanted; most pairs a step
-# steps below which DPO takes this rate: at its default of 5e-6 they leave a model as it was
-SHORT_DPO, DPO_RATE = 500, 5e-5
+SHORT_DPO, RAISED = (
+    500,
+    4.0,
+)  # steps below which DPO takes so many times its usual rate, which would change nothing
 EVALUATIONS = 3  # during a training
 FULL_EVALUATION = 64  # rows
 
@@ -41,6 +45,7 @@ class Sizes:
         held, held_tokens: of the evaluation data.
         pairs, pair_tokens: of the preferences, both answers with the prompt before each; 0 where there are none.
         longest_pair: tokens of the longest row of a pair.
+        parameters: of the model.
         limit: tokens the model can read.
         device: cpu, cuda or mps.
         seconds_per_token: of a training step, measured here.
@@ -55,6 +60,7 @@ class Sizes:
     pairs: int
     pair_tokens: int
     longest_pair: int
+    parameters: int
     limit: int
     device: str
     seconds_per_token: float = 0.0
@@ -71,6 +77,7 @@ class Settings:
     steps: int
     max_steps: int | None
     rank: int
+    dpo_rate: float | None
     dpo_length: int
     dpo_accumulation: int
     dpo_steps: int
@@ -90,12 +97,11 @@ class Settings:
 
     def dpo(self) -> dict[str, Any]:
         """Fields of the recipe of DPO."""
-        short = self.dpo_steps < SHORT_DPO
         return self._shared(self.dpo_steps, self.dpo_max_steps) | {
             "data.max_length": self.dpo_length,
             "train.per_device_train_batch_size": DPO_BATCH,
             "train.gradient_accumulation_steps": self.dpo_accumulation,
-            "train.learning_rate": DPO_RATE if short else None,
+            "train.learning_rate": self.dpo_rate,
         }
 
     def _shared(self, steps: int, max_steps: int | None) -> dict[str, Any]:
@@ -132,6 +138,7 @@ def choose(sizes: Sizes, minutes: float | None) -> Settings:
         epochs=epochs,
         steps=max(1, int(share * steps)),
         max_steps=max(1, int(share * steps)) if share < 1 else None,
+        dpo_rate=RAISED * chosen_rate("dpo", "lora", sizes.parameters) if dpo_steps < SHORT_DPO else None,
         rank=next(rank for most, rank in RANKS if sizes.trained_tokens <= most),
         dpo_length=row_length(sizes.longest_pair, sizes.limit),
         dpo_accumulation=dpo_accumulation,
@@ -168,12 +175,13 @@ def lines(sizes: Sizes, settings: Settings, minutes: float | None) -> list[str]:
         f"a step takes {settings.batch * settings.accumulation:,} packed rows"
         f" ({settings.batch} at a time x {settings.accumulation}), so that small data makes up to {STEPS} steps",
         _sft_steps(sizes, settings, minutes),
-        f"lora.r {settings.rank}: {sizes.trained_tokens:,} tokens of answers; the learning rate of sft is the recipe's",
+        f"lora.r {settings.rank}: {sizes.trained_tokens:,} tokens of answers; learning rate of sft "
+        f"{shown(chosen_rate('sft', 'lora', sizes.parameters))}: the usual one for {sizes.parameters:,} parameters",
     ]
     if sizes.pairs:
         cut = "" if settings.dpo_max_steps is None else f" (bounded by --minutes {minutes:g})"
-        rate = settings.dpo()["train.learning_rate"]
-        why = f" at a rate of {rate:g}: at the default so few would change nothing" if rate else ""
+        rate = settings.dpo_rate
+        why = f" at a rate of {shown(rate)}: at the usual one so few would change nothing" if rate else ""
         said.append(f"dpo: {settings.dpo_steps:,} steps{cut}{why}")
     said.append(
         f"time on this machine: {about(settings.train_seconds)} to train, {about(settings.other_seconds)} to measure, merge and quantize"

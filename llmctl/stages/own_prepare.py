@@ -13,6 +13,7 @@ from llmctl.data.shapes import Completion, Conversation
 from llmctl.data.sources import resolve
 from llmctl.errors import UserError
 from llmctl.files import combined_hash, disk_errors, file_hash, read_json, write_json
+from llmctl.plan.size import total_parameters
 from llmctl.recipe.tune import PairData, SftData
 from llmctl.runs import RUNS
 from llmctl.stages import own_plan
@@ -231,6 +232,7 @@ def _sizes(
         pairs=pairs,
         pair_tokens=2 * sum(lengths),
         longest_pair=max(lengths),
+        parameters=total_parameters(base.config.spec),
         limit=limit,
         device=base.compute.device.type,
     )

@@ -145,7 +145,7 @@ def fitted_pairs(
     if data.overlong == "error" and long:
         raise UserError(
             f"{len(long):,} of {len(found):,} records are longer than {max_length:,} tokens, as {long[0]}",
-            "set data.overlong to drop or truncate, or raise data.max_length",
+            "set data.overlong to drop or truncate, or raise data.max_length (up to the context of the model)",
         )
     pairs = [
         kept for pair in found if (kept := _fitted(pair, data.overlong, max_length, account)) is not None
@@ -164,7 +164,7 @@ def fitted_pairs(
     if not pairs:
         raise UserError(
             f"no pair is left to train on ({'; '.join(account.lines())})",
-            "raise data.max_length, or give other data",
+            "raise data.max_length (up to the context of the model), or give other data",
         )
     return PairRows(pairs, account, dict(encoder.formats), max_length)
 

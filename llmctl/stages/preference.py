@@ -13,7 +13,7 @@ from llmctl.stages.finish import install, write_report
 from llmctl.stages.pairs import Pair, PairRows, pair_rows
 from llmctl.stages.rows import require_data
 from llmctl.stages.text import pad_id_of
-from llmctl.stages.tune import Base, Tuned, prepare_base, tuned
+from llmctl.stages.tune import Base, Tuned, prepare_base, resolved, tuned
 from llmctl.talk import Talk
 from llmctl.train.checkpoint import checkpoints
 from llmctl.train.preference import PreferenceJob, train_preferences
@@ -29,9 +29,9 @@ def train_on_pairs(recipe: RewardRecipe | DpoRecipe, talk: Talk, *, resume: bool
         CheckFailed: loss or gradient stopped being finite.
         Interrupted: Ctrl-C; the state was saved.
     """
-    recipe = recipe.resolved()
     stage = recipe.stage_name
     require_data(recipe.data.train, "train on")
+    recipe, about_rate = resolved(recipe)
     out = Path(recipe.out) if recipe.out else default_out(stage)
     # the folder is no part of what a run is: repeating it elsewhere must be possible
     saved = dump_recipe(recipe.model_copy(update={"out": None}))
@@ -58,6 +58,7 @@ def train_on_pairs(recipe: RewardRecipe | DpoRecipe, talk: Talk, *, resume: bool
     talk.say(
         f"training {trained:,} parameters ({recipe.method}) on {base.compute}, {len(rows.pairs):,} pairs"
     )
+    talk.say(about_rate)
     model.tell(talk)
     fields = {
         "seed": recipe.train.seed,

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.batches import TooLittle, eval_batches
-from llmctl.errors import UserError
+from llmctl.errors import UserError, named_in
 from llmctl.files import read_json, write_atomic
 from llmctl.kernels.device import pick_device
 from llmctl.kernels.quantized import Quantized
@@ -121,7 +121,7 @@ def _chosen(model: LlmctlForCausalLM, settings: QuantizeSection) -> list[str]:
         how = "is larger than every layer" if (settings.group or 0) > widths[-1] else "divides no layer"
         raise UserError(
             f"quantize.group_size: {settings.group} {how} (inputs: {shown})",
-            "choose a smaller one, such as 32, or group_size=channel",
+            "choose a smaller one, such as 32, or quantize.group_size=channel",
         )
     return chosen
 
@@ -135,6 +135,7 @@ def _refuse_no_data(recipe: QuantizeRecipe) -> None:
         )
 
 
+@named_in("compare")
 def _rows(
     recipe: QuantizeRecipe, tokenizer: PreTrainedTokenizerFast, longest: int, talk: Talk
 ) -> tuple[TalkRows | None, TalkRows]:

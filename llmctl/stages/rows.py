@@ -169,7 +169,7 @@ def read_rows(
     if not len(pieces):
         raise UserError(
             f"no record is left to train on ({'; '.join(account.lines())})",
-            "raise data.max_length, or give other data",
+            "raise data.max_length (up to the context of the model), or give other data",
         )
     said = ", ".join(f"{count:,} {name}" for name, count in sorted(encoder.formats.items()))
     for line in [f"formats: {said}", *account.lines(), *pieces.lines(max_length)]:
@@ -206,7 +206,7 @@ def refuse_many_dropped(dropped: list[str], of: int, max_length: int) -> None:
         raise UserError(
             f"{len(dropped):,} of {of:,} records are longer than {max_length:,} tokens ({places}): "
             "too many to drop unasked",
-            "raise data.max_length, or set data.overlong to drop or truncate",
+            "raise data.max_length (up to the context of the model), or set data.overlong to drop or truncate",
         )
 
 

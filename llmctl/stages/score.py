@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from llmctl.data.document import Account
 from llmctl.data.formats import Example, examples
 from llmctl.data.shapes import Labelled, Preference
-from llmctl.errors import UserError
+from llmctl.errors import UserError, named_in
 from llmctl.evaluate.intervals import share_interval
 from llmctl.evaluate.scores import above, scores
 from llmctl.kernels.device import pick_compute
@@ -118,6 +118,7 @@ def _shorter_wins(chosen: list[int], rejected: list[int]) -> float:
     return sum(0.5 if a == b else float(a < b) for a, b in zip(chosen, rejected, strict=True)) / len(chosen)
 
 
+@named_in("score")
 def read_answers(
     sources: list[str],
     tokenizer: PreTrainedTokenizerFast,

@@ -26,8 +26,8 @@ from llmctl.runs import Run, RunResult, check_out, default_out, finished_metrics
 from llmctl.stages.finish import first_and_last_samples, install, write_report
 from llmctl.stages.rows import TalkRows, require_data, talk_rows
 from llmctl.stages.text import pad_id_of
-from llmctl.stages.tune import Base, Tuned, prepare_base, tuned
-from llmctl.talk import Talk
+from llmctl.stages.tune import Base, Tuned, prepare_base, resolved, tuned
+from llmctl.talk import Talk, beginning, ending
 from llmctl.train.checkpoint import checkpoints
 from llmctl.train.loop import Job, total_steps, train
 from llmctl.train.losses import LOSSES
@@ -35,6 +35,7 @@ from llmctl.train.patience import forget_best
 
 STAGE = "sft"
 SAMPLES = 3  # prompts answered on the way
+SHOWN = 50  # characters of a prompt beside its answer
 NF4_BYTES = (
     0.5 + 1 / 64 + 4 / (64 * 256)
 )  # a weight of 4 bits, a scale of 8 for every 64, one of 32 for every 256 scales
@@ -50,8 +51,8 @@ def run(recipe: SftRecipe, talk: Talk, *, resume: bool = False, dry_run: bool = 
         CheckFailed: loss or gradient stopped being finite.
         Interrupted: Ctrl-C; the state was saved.
     """
-    recipe = recipe.resolved()
     require_data(recipe.data.train, "train on")
+    recipe, about_rate = resolved(recipe)
     out = Path(recipe.out) if recipe.out else default_out(STAGE)
     # the folder is no part of what a run is: repeating it elsewhere must be possible
     saved = dump_recipe(recipe.model_copy(update={"out": None}))
@@ -74,6 +75,7 @@ def run(recipe: SftRecipe, talk: Talk, *, resume: bool = False, dry_run: bool = 
             "train.early_stopping_patience: there is nothing to evaluate on",
             "name files in data.eval, or set data.eval_fraction above 0",
         )
+    talk.say(about_rate)
     if dry_run:
         return RunResult(None, _plan(recipe, base, rows))
     if resume and not checkpoints(out):
@@ -149,9 +151,9 @@ def talk_loss(model: Tuned, base: Base, laid: Laid, recipe: SftRecipe) -> dict[s
 
 
 def _answers(
-    model: Tuned, base: Base, prompts: list[tuple[list[int], list[int]]], longest: int, talk: Talk
+    model: Tuned, base: Base, prompts: list[tuple[list[int], list[int]]], longest: int, talk: Talk, step: int
 ) -> list[dict[str, Any]]:
-    """What the model says to some prompts, likeliest token by token; the first answer is shown."""
+    """What the model says to some prompts, likeliest token by token; the first prompt and answer are shown."""
     tokenizer, found = base.tokenizer, []
     for prompt, reference in prompts:
         room = min(longest, base.config.max_position_embeddings - len(prompt))
@@ -164,9 +166,19 @@ def _answers(
                 "reference": tokenizer.decode(reference),
             }
         )
-    if found:
-        talk.say(f"sample: {' '.join(found[0]['answer'].split()) or '(nothing)'}")
+        if len(found) == 1:
+            asked, answered = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, ids))
+            talk.say(f"step {step}: {ending(asked, SHOWN)} → {_shown_answer(answered, ids, room)}")
     return found
+
+
+def _shown_answer(text: str, ids: list[int], room: int) -> str:
+    """An answer on one line, or in brackets why there is nothing to show."""
+    if room <= 0:
+        return "(no room in the context for an answer)"
+    if text.strip():
+        return beginning(text, 2 * SHOWN)
+    return "(ends at once)" if len(ids) == 1 else f"({len(ids)} tokens without text)"
 
 
 def _data_fields(recipe: SftRecipe, rows: TalkRows, held: TalkRows | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmctl.data.readers import Account, documents
 from llmctl.data.sources import total_bytes
-from llmctl.errors import UsageError
+from llmctl.errors import UsageError, named_in
 from llmctl.files import disk_errors, sync_file
 from llmctl.recipe.load import dump_recipe
 from llmctl.recipe.schema import TokenizerRecipe
@@ -83,6 +83,7 @@ def run(recipe: TokenizerRecipe, talk: Talk) -> RunResult:
     return RunResult(out, metrics)
 
 
+@named_in("data", {"data.text_field=": "--text-field ", "data.text_field": "--text-field"})
 def evaluate(where: list[str], data: list[str], text_field: str) -> list[dict[str, Any]]:
     """One row of measurements a tokenizer, on the same documents; see `evaluate_tokenizer`.
 

@@ -30,6 +30,8 @@ from llmctl.model.hf import LlmctlPreTrainedModel
 from llmctl.model.nf4 import quantize_nf4
 from llmctl.model.open import open_config, open_folded, open_generation_config
 from llmctl.model.vocabulary import grow_vocabulary
+from llmctl.plan.size import total_parameters
+from llmctl.recipe.rates import shown
 from llmctl.recipe.tune import LoraSection, Method
 from llmctl.runs import run_of
 from llmctl.stages.text import (
@@ -45,6 +47,8 @@ from llmctl.talk import Talk
 from llmctl.tokenizer.choose import choose_template, template_tokens
 from llmctl.tokenizer.load import fingerprint
 from llmctl.tokenizer.template import stop_ids, template_hash
+
+NO_MODEL = ("no MODEL to start from", "name a run folder, a Hugging Face folder or a hub id")
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,24 @@ class Base:
         }
 
 
+def resolved(recipe: Any) -> tuple[Any, str]:
+    """A recipe with its learning rate, and a sentence that says where that comes from.
+
+    Raises UserError: no base, or as `open_config`.
+    """
+    if recipe.base is None:
+        raise UserError(*NO_MODEL)
+    if recipe.train.learning_rate != "auto":
+        return recipe, f"learning rate {shown(recipe.train.learning_rate)}, as train.learning_rate says"
+    size = total_parameters(open_config(recipe.base).spec)
+    found = recipe.resolved(size)
+    rate = found.train.learning_rate
+    return found, (
+        f"learning rate {shown(rate)}: the default of {recipe.stage_name} by {recipe.method} for {size:,} parameters; "
+        "train.learning_rate sets another"
+    )
+
+
 def prepare_base(
     where: str | None,
     *,
@@ -103,7 +125,7 @@ def prepare_base(
     Raises UserError: no base, or what `open_tokenizer`, `open_config` and `choose_template` raise.
     """
     if where is None:
-        raise UserError("no MODEL to start from", "name a run folder, a Hugging Face folder or a hub id")
+        raise UserError(*NO_MODEL)
     if dtype == "float16":
         raise UserError(
             "train.dtype: float16 needs loss scaling, which this loop does not do",

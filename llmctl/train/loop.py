@@ -56,7 +56,7 @@ class Job:
             choice; None to skip evaluation.
         save: write the model's files into a folder.
         load: read them back from a checkpoint.
-        sample: what the model answers now, one entry a prompt; None to take no samples.
+        sample: what the model answers now, after so many steps, one entry a prompt; None to take no samples.
         sample_steps: steps between samples; as often as evaluations when None.
         after_step: what the model moves outside the gradient, called after each step of the optimizer.
         patience: evaluations without a lower loss after which the run ends, with the weights of the
@@ -73,7 +73,7 @@ class Job:
     save: Callable[[Path], None]
     load: Callable[[Path], None]
     evaluate: Callable[[], dict[str, float]] | None = None
-    sample: Callable[[], list[dict[str, Any]]] | None = None
+    sample: Callable[[int], list[dict[str, Any]]] | None = None
     sample_steps: int | None = None
     after_step: Callable[[], None] | None = None
     patience: int | None = None
@@ -210,7 +210,7 @@ class _Training:
         if self.job.sample is None:
             return
         self.job.model.eval()
-        for row in self.job.sample():
+        for row in self.job.sample(self.progress.step):
             log_row(self.job.folder, {"step": self.progress.step, **row}, SAMPLES)
 
     def _evaluated(self) -> dict[str, float]:

@@ -15,7 +15,7 @@ def make_optimizer(model: nn.Module, settings: StepsSection) -> torch.optim.Adam
     Raises ValueError if nothing is trainable, or no learning rate is set.
     """
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
-    if not trainable or settings.learning_rate is None:
+    if not trainable or settings.learning_rate == "auto":
         raise ValueError("the model has no trainable parameter, or there is no learning rate")
     groups = [
         {"params": [w for w in trainable if w.dim() >= 2], "weight_decay": settings.weight_decay},

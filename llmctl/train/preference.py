@@ -156,7 +156,7 @@ class _Run(TrainerCallback):
                 self.step.loss,
                 self.norm,
                 self.rate,
-                self.settings.learning_rate or 0.0,
+                self.settings.learning_rate,
             )
             rows = [row for batch in self.trainer.step_batches for row in batch["input_ids"].tolist()]
             raise diverged(self.job.folder, bad, rows)

@@ -165,3 +165,33 @@ def test_variants_fit_a_terminal(axis: str | None, columns: int, monkeypatch: py
     margins = {line.split(" ")[0] for line in terminal.lines if line[:1].strip()}
     assert margins <= {*AXES, "llmctl"}
     assert (axis is None and columns == 160) == (axis is None and "arXiv:1910.07467" in " ".join(written))
+
+
+def test_check_looks_at_what_a_recipe_names(llmctl_: Program) -> None:
+    recipe = Path("r.yaml")
+    for field, text in {
+        "base": "base: ./nothing",
+        "data.train": "data: {train: [answers.json]}",
+        "data.template": "data: {template: mine.jinja}",
+    }.items():
+        recipe.write_text(f"stage: sft\n{text}\n")
+        ended = llmctl_("recipe", "check", "r.yaml")
+        assert ended.code == 1
+        assert ended.err.startswith(f"error: r.yaml: {field}: ")
+        assert "no such file or folder\nhint: --no-files checks" in ended.err
+        assert llmctl_("recipe", "check", "r.yaml", "--no-files").out == "r.yaml: ok (sft)\n"
+    Path("answer.json").write_text("[]")
+    recipe.write_text("stage: sft\nbase: owner/name\ndata: {train: [answers.json, builtin:tinyworld]}\n")
+    assert "did you mean `answer.json`?" in llmctl_("recipe", "check", "r.yaml").err
+    Path("answers.json").write_text("[]")
+    assert llmctl_("recipe", "check", "r.yaml").code == 0
+
+
+def test_show_lists_what_a_field_may_be(llmctl_: Program) -> None:
+    shown = llmctl_("recipe", "show", "sft").out
+    lines = {line.split(":")[0].strip(): line for line in shown.splitlines()}
+    assert lines["method"].endswith("(lora | qlora | full)")
+    assert lines["lr_scheduler_type"].endswith("(cosine | linear | constant | warmup_stable_decay)")
+    assert lines["overlong"].endswith("(error | drop | truncate | split)")
+    assert "learning_rate: auto" in shown and "auto: by method and size" in lines["learning_rate"]
+    assert "(sft)" not in lines["stage"]

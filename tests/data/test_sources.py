@@ -50,7 +50,7 @@ def test_resolve(tree, named, found):
 @pytest.mark.parametrize(
     ("named", "message", "hint"),
     [
-        ([], "no data is named", "with --data (data.train)"),
+        ([], "no data is named", "with --data"),
         (["zebra.md"], "zebra.md: no such file or folder", "check the path"),
         (["c.txt"], "c.txt: no such file or folder", "did you mean `b.txt`?"),
         (["nowhere/a.txt"], "nowhere/a.txt: no such file or folder", "check the path"),

@@ -161,8 +161,8 @@ COMPARE = {
     "not there": Bad("compare base no/such/b --data talks.jsonl", "no/such/b: no such folder", NAME_IT),
     "no model": Bad(
         "compare base tok --data talks.jsonl",
-        "tok: not a model folder (no config.json)",
-        "see `llmctl runs list`",
+        "tok: is a tokenizer, not a model",
+        "`llmctl pretrain --tokenizer tok` makes a model for it",
     ),
     "no data": Bad("compare base adapter", "no data to compare on", FORMATS),
     "data not there": Bad(
@@ -230,7 +230,7 @@ EVAL = {
         "eval base --answers --data x.jsonl",
         "no record is left to train on (read 1 record, kept 0; "
         "dropped 1: nothing of an answer is within 64 tokens (x.jsonl:1))",
-        "raise data.max_length, or give other data",
+        "raise eval.max_length (up to the context of the model), or give other data",
         file("x.jsonl", json.dumps({"instruction": "word " * 90, "output": "a"}) + "\n"),
     ),
     "no model": Bad("eval --answers --data talks.jsonl", "missing argument MODEL", MODEL, code=2),

@@ -9,7 +9,7 @@ from tests.program import Program
 from tests.stages.bad_input import Bad, Make, cases, check, file, told
 
 FEW = "--model base --template chatml"
-KNOWN = "what can be set is `data.template`, `data.max_length`, `data.text_field`, `data.mask_prompt`, `data.rewritten`"
+KNOWN = "what can be set is `data.columns`, `data.template`, `data.max_length`, `data.text_field`, `data.mask_prompt`, `data.rewritten`"
 
 
 def records(name: str, *values: object) -> Make:
@@ -58,8 +58,8 @@ BAD = {
     ),
     "a tokenizer alone": Bad(
         "data inspect x.jsonl --model tok",
-        "tok: not a model folder (no config.json)",
-        "see `llmctl runs list`",
+        "tok: is a tokenizer, not a model",
+        "`llmctl pretrain --tokenizer tok` makes a model for it",
         TALK,
     ),
     "no rows": Bad(
@@ -140,7 +140,7 @@ BAD = {
     "many long records": Bad(
         f"data inspect x.jsonl {FEW}",
         "1 of 2 records are longer than 64 tokens (x.jsonl:1): too many to drop unasked",
-        "raise data.max_length, or set data.overlong to drop or truncate",
+        "raise data.max_length (up to the context of the model), or set data.overlong to drop or truncate",
         LONG,
     ),
     "no such file": Bad(

@@ -109,12 +109,12 @@ BAD = {
     "a group larger than every layer": Bad(
         f"quantize sharp --method gptq {' '.join(TEXT)} --out out",
         "quantize.group_size: 128 is larger than every layer (inputs: 64, 112)",
-        "choose a smaller one, such as 32, or group_size=channel",
+        "choose a smaller one, such as 32, or quantize.group_size=channel",
     ),
     "a group that divides nothing": Bad(
         f"quantize sharp --method gptq --group-size 48 {' '.join(TEXT)} --out out",
         "quantize.group_size: 48 divides no layer (inputs: 64, 112)",
-        "choose a smaller one, such as 32, or group_size=channel",
+        "choose a smaller one, such as 32, or quantize.group_size=channel",
     ),
     "calibration too short": Bad(
         "quantize sharp --method gptq --group-size 16 --calibration short.txt --eval-data data.jsonl --out out",

@@ -83,27 +83,27 @@ DATA = {
     "all too long": Bad(
         on("x.jsonl"),
         "3 of 3 records are longer than 64 tokens (x.jsonl:1, x.jsonl:2, x.jsonl:3): too many to drop unasked",
-        "raise data.max_length, or set data.overlong to drop or truncate",
+        "raise data.max_length (up to the context of the model), or set data.overlong to drop or truncate",
         records("x.jsonl", LONG, LONG, LONG),
     ),
     "all too long and dropped": Bad(
         on("x.jsonl", "data.overlong=drop"),
         "no record is left to train on (read 2 records, kept 0; "
         "dropped 2: longer than 64 tokens (x.jsonl:1, x.jsonl:2))",
-        "raise data.max_length, or give other data",
+        "raise data.max_length (up to the context of the model), or give other data",
         records("x.jsonl", LONG, LONG),
     ),
     "all cut before the answer": Bad(
         on("x.jsonl", "data.overlong=truncate"),
         "no record is left to train on (read 2 records, kept 0; "
         "dropped 2: nothing of an answer is within 64 tokens (x.jsonl:1, x.jsonl:2))",
-        "raise data.max_length, or give other data",
+        "raise data.max_length (up to the context of the model), or give other data",
         records("x.jsonl", *[{**GOOD, "instruction": "word " * 100}] * 2),
     ),
     "too long is an error": Bad(
         on("x.jsonl", "data.overlong=error"),
         "1 document is longer than max_length=64; the longest, x.jsonl:2, has 324 tokens",
-        "set data.overlong to split, truncate or drop, or raise data.max_length",
+        "set data.overlong to split, truncate or drop, or raise data.max_length (up to the context of the model)",
         records("x.jsonl", GOOD, LONG),
     ),
     "one record": Bad(
@@ -137,8 +137,8 @@ WORDS = {
     ),
     "MODEL is a tokenizer": Bad(
         NEW.replace("sft base", "sft tok"),
-        "tok: not a model folder (no config.json)",
-        "see `llmctl runs list`",
+        "tok: is a tokenizer, not a model",
+        "`llmctl pretrain --tokenizer tok` makes a model for it",
     ),
     "two models": Bad(
         NEW.replace("sft base", "sft base tok"),
@@ -249,8 +249,8 @@ WORDS = {
     ),
     "an empty folder for a model": Bad(
         NEW.replace("sft base", "sft empty"),
-        "empty: not a model folder (no config.json)",
-        "see `llmctl runs list`",
+        "empty: the folder is empty",
+        "name a run folder, a Hugging Face folder or a hub id",
         folder("empty"),
     ),
 }

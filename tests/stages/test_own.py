@@ -46,8 +46,8 @@ def write_pairs(file: Path, rows: int = 24) -> None:
 
 def quick(patch: pytest.MonkeyPatch) -> None:
     """Learning rates that move a tiny model in a few steps."""
-    as_it_is = own_plan.Settings.sft
-    patch.setattr(own_plan, "DPO_RATE", 1e-2)
+    as_it_is = own_plan.Settings.sft  # the usual rate of so small a model still needs more steps
+    patch.setattr(own_plan, "RAISED", 50.0)
     patch.setattr(
         own_plan.Settings, "sft", lambda self: as_it_is(self) | {"train.learning_rate": 1e-2}, raising=True
     )
@@ -147,7 +147,7 @@ def test_what_is_said(done: Path, llmctl: Program) -> None:
         for line in lines
     )
     assert any(line.startswith("sft: 5 epochs, about ") for line in lines)
-    assert any(line.startswith("dpo: 6 steps at a rate of 0.01") for line in lines)
+    assert any(line.startswith("dpo: 6 steps at a rate of 2.5e-3: ") for line in lines)
     assert any(line.startswith("time on this machine: less than a minute to train") for line in lines)
     assert "warning: none of the 22 pairs has" not in ended.err
     assert any("none of the 24 pairs has a prompt of the answers" in line for line in lines)

@@ -10,8 +10,9 @@ import pytest
 from llmctl.data.formats import Example
 from llmctl.data.shapes import Completion, Conversation, Preference, Shape
 from llmctl.errors import UserError
+from llmctl.recipe.rates import chosen_rate
 from llmctl.stages.own_data import hold_out, question, warnings
-from llmctl.stages.own_plan import DPO_RATE, Sizes, about, choose, lines, row_length
+from llmctl.stages.own_plan import RAISED, Sizes, about, choose, lines, row_length
 
 SIZES = Sizes(
     rows=400,
@@ -23,6 +24,7 @@ SIZES = Sizes(
     pairs=180,
     pair_tokens=30_000,
     longest_pair=90,
+    parameters=135_000_000,
     limit=2048,
     device="cpu",
     seconds_per_token=0.01,
@@ -34,7 +36,8 @@ def test_small_data() -> None:
     assert (found.max_length, found.dpo_length, found.rank, found.epochs) == (128, 128, 8, 3)
     assert found.batch * found.accumulation == round(3 * 28_000 / 100 / 128)
     assert 90 <= found.steps <= 110 and found.max_steps is None and found.dpo_max_steps is None
-    assert found.dpo_steps == 45 and found.dpo()["train.learning_rate"] == DPO_RATE
+    assert found.dpo_steps == 45
+    assert found.dpo()["train.learning_rate"] == RAISED * chosen_rate("dpo", "lora", SIZES.parameters)
     assert found.train_seconds == pytest.approx(0.01 * (3 * 28_000 + 1.7 * 30_000))
     assert found.sft()["train.num_train_epochs"] == 3 and found.sft()["train.max_steps"] is None
 
@@ -72,6 +75,10 @@ def test_settings_are_said_with_their_reasons() -> None:
         "60 rows to evaluate on; 180 pairs"
     )
     assert said[1] == "max_length 128: the longest row; shorter ones are packed together"
+    assert said[4] == (
+        "lora.r 8: 6,000 tokens of answers; learning rate of sft 5e-4: the usual one for 135,000,000 parameters"
+    )
+    assert said[5] == "dpo: 45 steps at a rate of 5e-5: at the usual one so few would change nothing"
     assert said[-1].startswith("time on this machine: about 22 minutes to train, about ")
     bounded = lines(SIZES, choose(SIZES, 5), 5)
     assert bounded[3].endswith("steps (bounded by --minutes 5), 0.7 of 3 epochs")

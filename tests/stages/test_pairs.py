@@ -193,7 +193,10 @@ def test_errors_of_length(tmp_path):
     )
     error = refused(path, overlong="error")
     assert error.message == f"1 of 6 records are longer than {LENGTH} tokens, as {path}:6"
-    assert error.hint == "set data.overlong to drop or truncate, or raise data.max_length"
+    assert (
+        error.hint
+        == "set data.overlong to drop or truncate, or raise data.max_length (up to the context of the model)"
+    )
     error = refused(path, overlong="split")
     assert error.message == "data.overlong: `split` makes no sense for a pair of answers"
     assert error.hint == "use drop or truncate"

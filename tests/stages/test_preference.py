@@ -283,7 +283,7 @@ def test_a_reward_model_is_no_language_model(prefs, llmctl):
 
 def test_rates_follow_the_method():
     for words, rate in (([], 5e-6), (["method=full"], 1e-6), (["train.learning_rate=3e-5"], 3e-5)):
-        assert load_recipe(DpoRecipe, None, {}, words).resolved().train.learning_rate == rate
+        assert load_recipe(DpoRecipe, None, {}, words).resolved(10**9).train.learning_rate == rate
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,10 @@ def test_more_than_a_tenth_is_not_dropped_unasked(tmp_path):
     assert error.message == (
         f"2 of 19 records are longer than 48 tokens ({path}:18, {path}:19): too many to drop unasked"
     )
-    assert error.hint == "raise data.max_length, or set data.overlong to drop or truncate"
+    assert (
+        error.hint
+        == "raise data.max_length (up to the context of the model), or set data.overlong to drop or truncate"
+    )
     assert rows([path], overlong="drop")[0].account.counts == {"longer than 48 tokens": 2}
     many = write(tmp_path, *[talk("Q" * 99)] * 5, name="many.jsonl")
     assert "(" + ", ".join(f"{many}:{n}" for n in (1, 2, 3)) + ", …)" in refused([many]).message
@@ -224,7 +227,7 @@ def test_nothing_left_is_told_with_the_reasons(tmp_path):
         assert error.message == (
             f"no record is left to train on (read 1 record, kept 0; dropped 1: {reason} tokens ({path}:1))"
         )
-        assert error.hint == "raise data.max_length, or give other data"
+        assert error.hint == "raise data.max_length (up to the context of the model), or give other data"
 
 
 def test_a_text_of_one_token_is_dropped_and_counted(tmp_path):

@@ -16,7 +16,9 @@ from llmctl.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmctl.model.checkpoint import load_model, new_model, save_model
 from llmctl.model.open import open_model
 from llmctl.recipe.model import ModelSection
+from llmctl.recipe.rates import chosen_rate, shown
 from llmctl.runs import folder_hash, read_manifest
+from llmctl.stages.sft import _shown_answer
 from tests.program import Outcome, Program
 from tests.stages.bad_input import WEIGHTS, Bad, snapshot, told
 from tests.stages.conftest import FEW, RECORDS, TUNE, VOCABULARY
@@ -101,9 +103,58 @@ def test_words_on_the_way(talking: Path, llmctl: Program) -> None:
     said = did(llmctl(*TUNE, "--out", "out")).err.splitlines()
     assert said[0] == "the base has never seen <|im_start|>, <|im_end|>: their embeddings are trained too"
     assert said[1:3] == [f"formats: {RECORDS} alpaca", f"read {RECORDS} records, kept {RECORDS}"]
+    rate = TUNE[[word.startswith("train.learning_rate=") for word in TUNE].index(True)].partition("=")[2]
+    assert said[3] == f"learning rate {shown(float(rate))}, as train.learning_rate says"
     trained = read_manifest(talking / "out")["metrics"]["trained_parameters"]
-    assert said[3] == f"training {trained:,} parameters (lora) on cpu, float32"
-    assert [line.partition(": ")[0] for line in said[4:]] == ["sample"] * 2
+    assert said[4] == f"training {trained:,} parameters (lora) on cpu, float32"
+    samples = lines(talking / "out" / "samples.jsonl")
+    for line, step in zip(said[5:], (0, 6), strict=True):
+        first = next(row for row in samples if row["step"] == step)
+        head, _, answer = line.partition(" → ")
+        assert head.startswith(f"step {step}: ")
+        # the template's marks are left out, the question is not
+        assert "<|" not in head and head.split()[-2] in first["prompt"]
+        assert answer
+
+
+@pytest.mark.parametrize(
+    ("text", "ids", "room", "words"),
+    [
+        ("", [2], 9, "(ends at once)"),
+        (" \n", [5, 6, 2], 9, "(3 tokens without text)"),
+        ("", [], 0, "(no room in the context for an answer)"),
+        ("Yes,\nthat is.", [5, 2], 9, "Yes, that is."),
+    ],
+)
+def test_an_answer_without_text_says_why(text: str, ids: list[int], room: int, words: str) -> None:
+    assert _shown_answer(text, ids, room) == words
+
+
+@pytest.mark.parametrize(
+    ("stage", "method", "parameters", "rate"),
+    [
+        ("sft", "lora", 8 * 10**9, 2e-4), ("sft", "full", 10**9, 2e-5), ("sft", "lora", 135 * 10**6, 5e-4),
+        ("sft", "full", 135 * 10**6, 5e-5), ("sft", "lora", 30 * 10**6, 1e-3), ("sft", "lora", 10**6, 2e-3),
+        ("dpo", "lora", 135 * 10**6, 1.25e-5), ("reward", "full", 10**6, 1e-4),
+    ],
+)  # fmt: skip
+def test_the_rate_is_chosen_by_size_and_method(stage: str, method: str, parameters: int, rate: float) -> None:
+    assert chosen_rate(stage, method, parameters) == pytest.approx(rate)
+    page = (Path(__file__).parents[2] / "docs" / "sft.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith(f"| `{stage}`, `{method}`"))
+    assert f" {shown(rate)} |" in row
+
+
+def test_the_chosen_rate_is_said_and_written_down(talking: Path, llmctl: Program) -> None:
+    words = [word for word in TUNE if not word.startswith("train.learning_rate=")]
+    said = did(llmctl(*words, "--out", "out")).err
+    (line,) = [line for line in said.splitlines() if line.startswith("learning rate")]
+    size = sum(weight.numel() for weight in load_model(talking / "base").parameters())
+    assert line == (
+        f"learning rate 2e-3: the default of sft by lora for {size:,} parameters; train.learning_rate sets another"
+    )
+    assert "learning_rate: 0.002" in (talking / "out" / "recipe.yaml").read_text()
+    assert did(llmctl("sft", "base", "--resume", "--out", "out")).err.strip().endswith("nothing to resume")
 
 
 def test_metrics_samples_and_report(adapter: Path) -> None:
