@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SEED = 0
-TRAIN, HELD_OUT, PAIRS = 400, 60, 200
+TRAIN, HELD_OUT, PAIRS = 400, 60, 120
 NAMES = [
     "Ada",
     "Ben",

@@ -33,7 +33,7 @@ def made(tmp_path: Path) -> dict[str, list[dict[str, str]]]:
 
 
 def test_every_step_of_every_answer_is_right(made: dict[str, list[dict[str, str]]]) -> None:
-    assert {name: len(rows) for name, rows in made.items()} == {"answers": 400, "heldout": 60, "pairs": 200}
+    assert {name: len(rows) for name, rows in made.items()} == {"answers": 400, "heldout": 60, "pairs": 120}
     for row in made["answers"] + made["heldout"]:
         *steps, last = row["answer"].splitlines()
         results = []

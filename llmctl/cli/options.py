@@ -37,7 +37,6 @@ FLAGS: dict[str, dict[str, str]] = {
         "seed": "train.seed",
         "device": "device",
         "model": "base",
-        "columns": "data.columns",
     },
     "tokenizer": {"kind": "kind", "vocab_size": "vocab_size", "out": "out"},
     "pretrain": {

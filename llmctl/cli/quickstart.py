@@ -40,7 +40,7 @@ def quickstart(
         list[str] | None,
         typer.Option("--eval", metavar="PATH", help="rows to measure on; some are held out when unset"),
     ] = None,
-    columns: Annotated[str | None, flag("quickstart", "columns", "ROLE=COLUMN,…")] = None,
+    columns: Annotated[str | None, flag("sft", "columns", "ROLE=COLUMN,…")] = None,
     minutes: Annotated[
         float | None, typer.Option("--minutes", metavar="N", help="most minutes to spend on training")
     ] = None,

@@ -25,8 +25,8 @@ SHORT_DPO, RAISED = (
     500,
     4.0,
 )  # steps below which DPO takes so many times its usual rate, which would change nothing
-EVALUATIONS = 3  # during a training
-FULL_EVALUATION = 64  # rows
+EVALUATIONS = 2  # during a training
+EVALUATED = 32  # rows, in each
 
 # Work of a token against that of a training step of SFT, which goes forward and backward. DPO adds a forward pass of
 # the reference and pads; reading is forward only, in float32 in proofs; decoding waits for memory.
@@ -92,7 +92,7 @@ class Settings:
             "train.num_train_epochs": None if self.max_steps else self.epochs,
             "train.per_device_train_batch_size": self.batch,
             "train.gradient_accumulation_steps": self.accumulation,
-            "train.eval_max_rows": FULL_EVALUATION,
+            "train.eval_max_rows": EVALUATED,
         }
 
     def dpo(self) -> dict[str, Any]:
