@@ -66,10 +66,12 @@ def _refuse_usage(given: Mapping[str, Any]) -> None:
 
 def show(result: Mapping[str, Any]) -> None:
     """The closing table, and the receipts below it."""
-    print_table(HEADER, [cells(row) for row in result["rows"]])
-    print("", *NOTES, sep="\n")
+    rows = [cells(row) for row in result["rows"]]
+    shown = len(HEADER) - (not any(row[-1] for row in rows))  # without pairs nothing is preferred
+    print_table(HEADER[:shown], [row[:shown] for row in rows])
+    print("", *NOTES[: len(NOTES) - len(HEADER) + shown], sep="\n")
     lines = [_receipt(name, found) for name, found in result["receipts"].items()]
-    lines += [f"{name:12} refused: {why}" for name, why in result["refused"].items()]
+    lines += [f"{name:6} refused: {why}" for name, why in result["refused"].items()]
     if lines:
         print("", *lines, sep="\n")
     took, memory = duration(result["seconds"]), size(result["peak_memory_bytes"])
@@ -99,14 +101,11 @@ def _share(row: Mapping[str, Any], name: str) -> str | None:
 def _receipt(name: str, found: Mapping[str, Any]) -> str:
     """What a step measured of itself, on a line."""
     if name == "merge":
-        return (
-            f"{name:12} the adapter moves its base by {found['effect']:.3g} nats a token; merged, it is the same"
-            f" within {found['kl']:.2g} (allowed {found['allowed_kl']:.2g})"
-        )
+        return f"{name:6} differs from its adapter by {found['kl']:.2g} nats a token (allowed {found['allowed_kl']:.2g})"
     before, after = (size(found[key]) for key in ("size_bytes_before", "size_bytes"))
+    speeds = f"{found['tokens_per_second_before']:.0f} -> {found['tokens_per_second']:.0f} tokens/s"
     return (
-        f"{name:12} {before} -> {after}, same next token {found['top1']:.1%}, KL {found['kl']:.2g} nats a token, "
-        f"{found['tokens_per_second_before']:.0f} -> {found['tokens_per_second']:.0f} tokens/s"
+        f"{name:6} {before} -> {after}, KL {found['kl']:.2g}, same next token {found['top1']:.1%}, {speeds}"
     )
 
 

@@ -44,8 +44,7 @@ def read_answers(sources: Sequence[str], columns: Mapping[str, str], flag: str, 
                 if example.format == "text"
                 else "docs/data.md lists the formats",
             )
-    for line in account.lines():
-        talk.say(f"{', '.join(sources)}: {line}")
+    _tell(account, sources, talk)
     return found
 
 
@@ -59,9 +58,15 @@ def read_preferences(sources: Sequence[str], columns: Mapping[str, str], talk: T
                 f"{example.place}: no pair of answers: the record is `{example.format}`",
                 "a pair has `prompt`, `chosen` and `rejected`; docs/data.md lists the formats",
             )
-    for line in account.lines():
-        talk.say(f"{', '.join(sources)}: {line}")
+    _tell(account, sources, talk)
     return found
+
+
+def _tell(account: Account, sources: Sequence[str], talk: Talk) -> None:
+    """What was read; the other lines name their places themselves."""
+    totals, *others = account.lines()
+    for line in [f"{', '.join(sources)}: {totals}", *others]:
+        talk.say(line)
 
 
 def refuse_few(rows: int, sources: Sequence[str]) -> None:

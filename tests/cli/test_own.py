@@ -54,8 +54,8 @@ TABLE = [
     "",
     *shown.NOTES,
     "",
-    "merge        the adapter moves its base by 0.512 nats a token; merged, it is the same within 2.2e-05 (allowed 0.0001)",
-    "int8         256 MiB -> 180 MiB, same next token 98.1%, KL 0.0021 nats a token, 21 -> 45 tokens/s",
+    "merge  differs from its adapter by 2.2e-05 nats a token (allowed 0.0001)",
+    "int8   256 MiB -> 180 MiB, KL 0.0021, same next token 98.1%, 21 -> 45 tokens/s",
     "",
     "10:00 in all, 3.0 GiB of memory at most; the model: runs/m-quickstart/int8",
     "",
@@ -103,6 +103,19 @@ def test_away_from_a_terminal_one_exchange(llmctl_: Program, wishes: list[Any]) 
     assert wish.columns == {"prompt": "q", "response": "a"}
 
 
+def test_without_pairs_nothing_is_said_of_them(
+    llmctl_: Program, wishes: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RESULT, "rows", [BEFORE])
+    out = llmctl_(*WORDS).out
+    assert out.splitlines()[0].split()[-1] == "stops" and "preferred" not in out
+    assert all(note in out for note in shown.NOTES[:-1])
+
+
+def test_the_table_is_not_wide() -> None:
+    assert max(len(line) for line in TABLE) <= 82
+
+
 def test_on_a_terminal_a_chat(llmctl_: Program, wishes: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     met: list[Any] = []
     monkeypatch.setattr(shown, "converse", met.append)
@@ -117,7 +130,7 @@ def test_a_refusal_is_the_exit_code(
 ) -> None:
     monkeypatch.setitem(RESULT, "refused", {"int8": "divergence 3"})
     ended = llmctl_(*WORDS)
-    assert ended.code == 3 and "int8         refused: divergence 3" in ended.out.splitlines()
+    assert ended.code == 3 and "int8   refused: divergence 3" in ended.out.splitlines()
     assert ended.err.splitlines()[-2:] == [
         "error: int8 was refused by its own check; what is good is runs/m-quickstart/int8",
         "hint: if the difference is acceptable: llmctl quantize a --out b --accept; then run this again",
