@@ -151,7 +151,9 @@ def steps_of(wish: Wish, plan: Prepared) -> dict[str, Step]:
         found["dpo"] = Step(
             dpo.run, DpoRecipe, fields=fields, made_from="sft", trains=True, accuracy="eval_accuracy"
         )
-    found["merge"] = Step(merge.run, MergeRecipe, fields=compared, made_from=[*found][-1])
+    # merging folds all adapters; that the last one does little is said in the receipt, and loses nothing
+    effect = {"compare.min_effect": 0 if wish.pairs else None}
+    found["merge"] = Step(merge.run, MergeRecipe, fields=compared | effect, made_from=[*found][-1])
     calibrated = {"quantize.method": "int8", "quantize.calibration": plan.train}
     found["int8"] = Step(quantize.run, QuantizeRecipe, fields=calibrated | compared, made_from="merge")
     return found
@@ -260,4 +262,5 @@ class _Work:
 
     def _receipt(self, name: str) -> dict[str, Any]:
         metrics = read_manifest(self.folder / name)["metrics"]
-        return {key: metrics[key] for key in RECEIPT[name] if key in metrics}
+        figures = {key: metrics[key] for key in RECEIPT[name] if key in metrics}
+        return {"of": self.steps[name].made_from, **figures}

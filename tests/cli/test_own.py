@@ -30,7 +30,7 @@ RESULT: dict[str, Any] = {
         | {"stage": "dpo", "seconds": 61.26, "size_bytes": 5 << 20, "loss": 0.25, "stop_rate": 1.0},
     ],
     "receipts": {
-        "merge": {"effect": 0.512, "kl": 2.2e-5, "allowed_kl": 1e-4},
+        "merge": {"of": "dpo", "effect": 0.512, "kl": 2.2e-5, "allowed_kl": 1e-4},
         "int8": {
             "size_bytes_before": 1 << 28,
             "size_bytes": 180 << 20,
@@ -54,7 +54,8 @@ TABLE = [
     "",
     *shown.NOTES,
     "",
-    "merge  differs from its adapter by 2.2e-05 nats a token (allowed 0.0001)",
+    "merge  differs from dpo by 2.2e-05 nats a token (allowed 0.0001)",
+    "dpo    moves its base by 0.51 nats a token",
     "int8   256 MiB -> 180 MiB, KL 0.0021, same next token 98.1%, 21 -> 45 tokens/s",
     "",
     "10:00 in all, 3.0 GiB of memory at most; the model: runs/m-quickstart/int8",
