@@ -16,7 +16,7 @@ from tests.stages.conftest import base, corpus, tok  # noqa: F401  (fixtures)
 
 SECONDS = 20  # of CPU for one input
 ROOM = 3 << 30  # bytes of address space beyond what there is
-EXAMPLES = {"default": 1, "slow": 12}  # factors
+EXAMPLES = {"default": 1, "slow": 6}  # factors
 
 Fuzz = Callable[[st.SearchStrategy, Callable[[object], object], int], Counter]
 
@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def fuzz(factor: int) -> Iterator[Fuzz]:
-    """fuzz(strategy, read, count): give `read` so many inputs, ten times as many in the slow run.
+    """fuzz(strategy, read, count): give `read` so many inputs, `factor` times as many in the slow run.
 
     Returns how many were read, and how many refused. Fails on any error but `UserError`, on one without a hint, on
     more than `SECONDS` of work and more than `ROOM` of memory.
