@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
@@ -165,8 +166,8 @@ def _refuse_short(
 ) -> None:
     """With fewer tokens than a layer has inputs there are directions in which GPTQ would know of no error."""
     assert by is not None
-    widest = _widest(model, chosen)
-    tokens = _tokens(by, settings)
+    widest = max(leaf.shape[1] for leaf in leaves(model) if leaf.name in chosen)
+    tokens = _tokens(by, settings)[-1]
     if tokens < widest:
         raise UserError(
             f"the calibration text has {tokens:,} tokens, but the widest layer has {widest:,} inputs",
@@ -174,14 +175,10 @@ def _refuse_short(
         )
 
 
-def _widest(model: LlmctlForCausalLM, chosen: list[str]) -> int:
-    return max(leaf.shape[1] for leaf in leaves(model) if leaf.name in chosen)
-
-
-def _tokens(by: TalkRows, settings: QuantizeSection) -> int:
-    """Tokens in the rows that are calibrated on."""
+def _tokens(by: TalkRows, settings: QuantizeSection) -> np.ndarray:
+    """Tokens in the first row, in the first two, and so on to the last that is calibrated on; int64 [rows]."""
     used = by.laid.rows.first(settings.calibration_rows)
-    return int(by.laid.pieces.length[used.pieces].sum())
+    return by.laid.pieces.length[used.pieces].cumsum()[used.offsets[1:] - 1]
 
 
 def _manifest(
@@ -220,14 +217,13 @@ def _int8(
     assert settings.bits is not None
     inside = [leaf for leaf in leaves(model) if leaf.kind == "linear"]
     if by is not None:
-        tokens, widest = _tokens(by, settings), _widest(model, [leaf.name for leaf in inside])
-        if tokens >= widest:
-            rows = by.laid.rows.first(settings.calibration_rows)
-            enough = -(-max(INT8_TOKENS, 2 * widest) * len(rows) // tokens)
-            rows_used = min(enough, settings.calibration_rows)
-            return _gptq(model, by, settings.model_copy(update={"calibration_rows": rows_used}), pad, talk)
+        tokens, widest = _tokens(by, settings), max(leaf.shape[1] for leaf in inside)
+        if tokens[-1] >= widest:
+            short = int((tokens < max(INT8_TOKENS, 2 * widest)).sum())  # the row after these makes it enough
+            rows = min(short + 1, len(tokens))
+            return _gptq(model, by, settings.model_copy(update={"calibration_rows": rows}), pad, talk)
         talk.say(
-            f"the calibration text has {tokens:,} tokens, fewer than the {widest:,} inputs of the widest layer; "
+            f"the calibration text has {tokens[-1]:,} tokens, fewer than the {widest:,} inputs of the widest layer; "
             "each weight is rounded to the nearest code"
         )
     found = {}

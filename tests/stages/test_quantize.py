@@ -51,33 +51,27 @@ def test_the_receipt_of_int8(sharp: Path, llmctl: Program) -> None:
 
 
 def test_calibration_text_makes_int8_nearer(sharp: Path, llmctl: Program) -> None:
-    """As near as GPTQ at 8 bits, which it is, and nearer than each weight to its nearest code."""
-    held_out = ["--eval-data", "data.jsonl", *LOOSE]
-    kl = {
-        name: did(llmctl("quantize", "sharp", *words, *QUICK, *held_out, "--out", name, "--json"))["metrics"][
-            "kl"
-        ]
-        for name, words in {
-            "nearest": ["--method", "int8"],
-            "int8": ["--method", "int8", "--calibration", "data.jsonl"],
-            "gptq": ["--method", "gptq", "--bits", "8", "--calibration", "data.jsonl"],
-        }.items()
+    """It is GPTQ at 8 bits, on the beginning of the text, and nearer than each weight to its nearest code."""
+    gptq, few = ["--method", "gptq", "--bits", "8", *TEXT], ["quantize.calibration_rows=8"]
+    methods = {
+        "nearest": ["--method", "int8"],
+        "int8": ["--method", "int8", *TEXT],
+        "gptq": gptq,
+        "int8-few": ["--method", "int8", *TEXT, *few],
+        "gptq-few": [*gptq, *few],
     }
+    kl = {}
+    for name, method in methods.items():
+        words = ["quantize", "sharp", *method, "--eval-data", "data.jsonl", *QUICK, *LOOSE, "--out", name]
+        kl[name] = did(llmctl(*words, "--json"))["metrics"]["kl"]
     assert kl["int8"] < 0.8 * kl["nearest"]
     assert kl["int8"] == pytest.approx(kl["gptq"], rel=0.5)
+    assert kl["int8-few"] == kl["gptq-few"] != kl["int8"]
 
 
 def test_int8_says_when_the_calibration_text_is_too_short_to_help(sharp: Path, llmctl: Program) -> None:
-    words = [
-        "--method",
-        "int8",
-        *TEXT,
-        "quantize.calibration_rows=1",
-        "compare.max_length=16",
-        *QUICK,
-        *LOOSE,
-    ]
-    ended = llmctl("quantize", "sharp", *words, "--out", "out")
+    short = ["quantize.calibration_rows=1", "compare.max_length=16"]
+    ended = llmctl("quantize", "sharp", "--method", "int8", *TEXT, *short, *QUICK, *LOOSE, "--out", "out")
     assert ended.code == 0, ended.err
     assert "tokens, fewer than the 112 inputs of the widest layer; each weight is rounded" in ended.err
 
