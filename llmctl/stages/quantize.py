@@ -44,7 +44,7 @@ from llmctl.tokenizer.template import stop_ids, template_hash
 STAGE = "quantize"
 HELD_OUT = 0.25  # of the calibration documents, to measure on where nothing else is named
 CALIBRATION_BATCH = 8  # rows in a forward pass
-INT8_TOKENS = 4096  # of calibration text that 8 bits need: see docs/log.md
+INT8_TOKENS = 4096  # of calibration text: KL of SmolLM2 is 0.0019 with these, 0.0016 with four times as many
 CARD_FILE = "README.md"
 
 
