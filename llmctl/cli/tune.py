@@ -162,9 +162,9 @@ def merge(
 ) -> None:
     """Fold the adapter of RUN into its base, and prove the result.
 
-    The merged model is read back from disk and held against the adapter; exit code 3 if they differ by more
-    than rounding explains, or if the adapter changes nothing. A result that is refused is kept; --accept takes
-    it as it is. KEY=VALUE sets any field of the recipe; `llmctl recipe show merge` lists them.
+    The folded model is held against the adapter, and what is read back from disk against the folded model; exit
+    code 3 if they differ, or if the adapter changes nothing. A result that is refused is kept; --accept takes it
+    as it is. KEY=VALUE sets any field of the recipe; `llmctl recipe show merge` lists them.
     """
     from llmctl.recipe.tune import MergeRecipe
 

@@ -84,7 +84,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 FIGURES = [
     "top1", "kl", "kl_error", "max_kl", "perplexity_a", "perplexity_b", "tokens", "rows", "stop_rate_a",
-    "stop_rate_b", "same_answers", "allowed_kl",
+    "stop_rate_b", "same_answers", "folded_kl", "written_kl", "allowed_kl",
 ]  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def test_a_listing_for_people(room: Path, llmctl: Program) -> None:
     shown = llmctl(
         "merge", "run", "--out", "out", "compare.answers=2", "compare.max_new_tokens=4"
     ).out.splitlines()
-    assert [line.split()[0] for line in shown[:14]] == ["run", *FIGURES, "effect"]
+    assert [line.split()[0] for line in shown[: len(FIGURES) + 2]] == ["run", *FIGURES, "effect"]
     assert shown[0].split() == ["run", "out"] and shown[1].split() == ["top1", "1"]
     assert [line for line in shown if line.startswith("prompt ")][1].startswith("prompt 2  <|bos|>")
     assert len([line for line in shown if line.startswith("  both  ")]) == 2
@@ -221,6 +221,26 @@ def test_a_wrong_scale(alpha: int, room: Path, llmctl: Program) -> None:
     outcome = llmctl(*words)
     drifted(outcome, "merged is not what run is: ")
     assert llmctl(*words, "--min-top1", "0", "--max-kl", "99").code == 0
+
+
+def test_a_fold_of_a_slightly_wrong_scale(
+    room: Path, llmctl: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before rounding, which hides it; rounding a right fold is no fault, however few the tokens."""
+    coarse = ["--dtype", "bfloat16", "compare.max_rows=1", *QUICK]
+    found = did(llmctl("merge", "run", "--out", "right", "--json", *coarse))["metrics"]
+    assert found["folded_kl"] < 1e-6 and found["written_kl"] < 1e-6 < found["kl"]
+    usual = merge.open_folded
+
+    def scaled(folder: Path, dtype: torch.dtype) -> Any:
+        model, base = usual(folder, dtype), load_model("sharp", dtype)
+        for name, weight in model.named_parameters():
+            weight.data.lerp_(base.get_parameter(name).data, -0.25)
+        return model
+
+    monkeypatch.setattr(merge, "open_folded", scaled)
+    outcome = llmctl("merge", "run", "--out", "out", *coarse)
+    drifted(outcome, "the merged model is not what run is: before rounding: ", prints=False)
 
 
 def drifted(outcome: Outcome, begins: str, prints: bool = True) -> None:
