@@ -101,39 +101,22 @@ class Gate:
 
 
 def merges(gate: Gate, adapter: str, place: Path) -> None:
-    """An adapter against models that are, or are not, what it was."""
-    adapted = open_model(adapter, torch.float32)
-    noise = rounded_dtype(adapter)
-    narrow = stored_dtype(adapter)
-
-    def written(model: LlmctlForCausalLM) -> Path:
-        save_model(model.to(narrow), place / "merged")
-        return place / "merged"
-
-    base = open_base(Path(adapter), torch.float32)
-    gate.line("dead adapter", adapted, base, noise, False)
-    folded = open_folded(adapter, torch.float32)
-    pairs = [
-        (name, weight, dict(base.named_parameters())[name]) for name, weight in folded.named_parameters()
-    ]
-    for factor in (2.0, 0.5, 1.25):
-        scaled = open_folded(adapter, torch.float32)
-        own = dict(scaled.named_parameters())
+    """An adapter against models folded in float32, and the rounded one in memory against files: right ones, and others."""
+    adapted, base = open_model(adapter, torch.float32), open_base(Path(adapter), torch.float32)
+    gate.line("dead adapter", adapted, base, None, False)
+    for factor in (2.0, 0.5, 1.25, 1.0):
+        folded = open_folded(adapter, torch.float32)
         with torch.no_grad():
-            for name, weight, before in pairs:
-                own[name].copy_(before + factor * (weight - before))
-        gate.line(
-            f"alpha times {factor:g}", adapted, open_model(written(scaled), torch.float32), noise, False
-        )
-    right = written(folded)
-    gate.line("right merge", adapted, open_model(right, torch.float32), noise, True)
-    gate.line(
-        "one bit in a hundred weights",
-        adapted,
-        open_model(damaged(right, flipped_bits, place), torch.float32),
-        noise,
-        False,
-    )
+            for name, weight in folded.named_parameters():
+                weight.lerp_(base.get_parameter(name), 1 - factor)
+        gate.line(f"alpha times {factor:g}", adapted, folded, None, factor == 1)
+    file = place / "merged"
+    save_model(folded.to(stored_dtype(adapter)), file)
+    rounded = folded.float()
+    gate.line("right file", rounded, open_model(file, torch.float32), None, True)
+    bad = damaged(file, flipped_bits, place)
+    gate.line("one bit in a hundred weights", rounded, open_model(bad, torch.float32), None, False)
+    gate.line("rounding itself, which is not judged", adapted, rounded, rounded_dtype(adapter), True)
 
 
 def quantizations(gate: Gate, folder: str, place: Path) -> None:
